@@ -1,0 +1,782 @@
+"""Data and image helpers of the four scripts: pictures in, batches, pictures out, two measures of samples."""
+
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch import Tensor
+
+# ---- drawings --------------------------------------------------------------------------------------------------------
+
+# Drawn data sets. Pictures are drawn two or three times too large, in coordinates from -1 to 1, and then shrunk, so
+# that they show the same scene at every size. Shapes are arrays of complex numbers x + iy: a product turns and zooms a
+# shape, a sum shifts it.
+Colour = tuple[int, int, int]
+WHITE, BLACK, GOLD, PINK = (255, 252, 246), (14, 10, 16), (255, 206, 50), (240, 90, 110)
+_CIRCLE = np.exp(2j * np.pi * np.arange(20) / 20)
+_CHORD = np.r_[np.linspace(-1, 1, 11), np.linspace(1, -1, 11)] + 0j
+_ABOVE, _BELOW = 1j * (_CHORD**2 - 1) * (np.arange(22) < 11), 1j * (1 - _CHORD**2) * (np.arange(22) > 10)
+_SPLINE = np.array([(-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2)
+                    for t in np.arange(6) / 6]) / 2 + 0j
+
+
+def _mix(a: Colour, b: Colour, t: float) -> Colour:
+    """The colour a share t of the way from a to b."""
+    return int(a[0] + (b[0] - a[0]) * t), int(a[1] + (b[1] - a[1]) * t), int(a[2] + (b[2] - a[2]) * t)
+
+
+def _hue(hue: float, saturation: float, value: float) -> Colour:
+    """A colour from a smooth colour wheel (0 red, 1/3 green, 2/3 blue)."""
+    full = 255 * value
+    waves = tuple(full * (0.5 + 0.5 * math.cos(2 * math.pi * (hue - k / 3))) for k in range(3))
+    return _mix((full, full, full), waves, saturation)
+
+
+def _gradient(size: tuple[int, int], corners: list[Colour]) -> Image.Image:
+    """A picture that blends four corner colours (top left, top right, bottom left, bottom right)."""
+    tiny = Image.frombytes("RGB", (2, 2), bytes(channel for corner in corners for channel in corner))
+    return tiny.resize(size, Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
+
+
+def _ellipse(centre: complex, x: float, y: float) -> np.ndarray:
+    """An ellipse with the half axes x and y."""
+    return centre + x * _CIRCLE.real + 1j * y * _CIRCLE.imag
+
+
+def _arch(centre: complex, half: complex, above: float, below: float) -> np.ndarray:
+    """The shape between two parabolas over one chord, centre ± half: an eye, a brow, a lip, a stripe or a weed."""
+    return centre + half * _CHORD + half / abs(half) * (above * _ABOVE + below * _BELOW)
+
+
+def _smooth(points: list[complex]) -> np.ndarray:
+    """A smooth closed curve (Catmull-Rom) through the points."""
+    p = points[-1:] + points + points[:2]
+    return (_SPLINE @ np.array([p[:-3], p[1:-2], p[2:-1], p[3:]])).T.ravel()
+
+
+def _both(right: list[complex]) -> list[complex]:
+    """The points and, in reverse, their mirror images on the left."""
+    return right + [-p.conjugate() for p in reversed(right)]
+
+
+class _Canvas:
+    """A picture drawn too large; `turn` (a complex number: rotation and zoom) and `shift` move all that is drawn."""
+
+    def __init__(self, size: int, corners: list[Colour]) -> None:
+        self.factor = 3 if size < 64 else 2
+        self.half, self.turn, self.shift = size * self.factor / 2, 1, 0
+        self.image = _gradient((size * self.factor, size * self.factor), corners)
+        self.draw = ImageDraw.Draw(self.image, "RGBA")
+
+    def pixels(self, shape: np.ndarray) -> np.ndarray:
+        """The corners of a shape in pixels."""
+        return shape * (self.turn * self.half) + ((self.shift + 1 + 1j) * self.half - 0.5 - 0.5j)
+
+    def fill(self, shape: np.ndarray, colour: Colour, alpha: int = 255) -> None:
+        """Fill a shape with a colour."""
+        self.draw.polygon(self.pixels(shape).view(float).tolist(), (*colour, alpha))
+
+    def shade(self, shape: np.ndarray, corners: list[Colour]) -> None:
+        """Fill a shape with a gradient across its bounding box."""
+        points = self.pixels(shape)
+        x, y = math.floor(points.real.min()), math.floor(points.imag.min())
+        mask = Image.new("L", (int(points.real.max()) - x + 2, int(points.imag.max()) - y + 2))
+        ImageDraw.Draw(mask).polygon((points - complex(x, y)).view(float).tolist(), 255)
+        self.image.paste(_gradient(mask.size, corners), (x, y), mask)
+
+
+@functools.cache
+def _glyph(digit: int) -> Image.Image:
+    """A blurred digit, 70 % of its frame high; its level sets are the digit in thinner and in bolder strokes."""
+    glyph, font = Image.new("L", (192, 192)), ImageFont.load_default(178)
+    ImageDraw.Draw(glyph).text((96, 96), str(digit), 255, font, "mm", stroke_width=3, stroke_fill=255)
+    left, top, right, bottom = glyph.getbbox()
+    glyph = ImageChops.offset(glyph, 96 - (left + right) // 2, 96 - (top + bottom) // 2)
+    return glyph.filter(ImageFilter.GaussianBlur(4))
+
+
+def draw_digit(rng: random.Random, size: int) -> tuple[Image.Image, int]:
+    """A light digit on black, framed as in MNIST: slanted, stretched, bent and in strokes of any width."""
+    digit, u, factor = rng.randrange(10), rng.uniform, 3 if size < 64 else 2
+    turn, shear, wide, tall = u(-0.2, 0.2), u(-0.25, 0.25), u(75, 112), u(86, 104)
+    centre, level, ink = complex(96 + u(-8, 8), 96 + u(-6, 6)), u(70, 170), u(0.75, 1)
+    corner, edge = {}, [round(size * factor * k / 3) for k in range(4)]
+    for x, y in np.ndindex(4, 4):  # the corners of a mesh; their jitter bends the strokes
+        right, down = x / 1.5 - 1, y / 1.5 - 1
+        z = centre + complex(wide * (right + shear * down), tall * down) * complex(math.cos(turn), math.sin(turn))
+        corner[x, y] = (z.real + u(-6, 6), z.imag + u(-6, 6))
+    mesh = [((edge[x], edge[y], edge[x + 1], edge[y + 1]),
+             corner[x, y] + corner[x, y + 1] + corner[x + 1, y + 1] + corner[x + 1, y]) for x, y in np.ndindex(3, 3)]
+    image = _glyph(digit).transform((edge[3], edge[3]), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
+    return image.point([int(ink * min(255, max(0, (v - level) * 6))) for v in range(256)]).reduce(factor), digit
+
+
+SKIN = [(92, 60, 46), (138, 92, 66), (192, 138, 102), (228, 180, 144), (252, 224, 206)]
+HAIR = [(26, 22, 26), (60, 40, 32), (116, 72, 40), (184, 86, 36), (214, 164, 90), (240, 216, 160), (196, 194, 194)]
+IRIS = [(60, 36, 20), (116, 74, 36), (88, 120, 56), (60, 124, 168), (128, 146, 160)]
+STYLES = {  # where the hair ends beside the face, then the heights of the hairline from one side to the other
+    "bald": (0, ()), "short": (-0.05, (-0.22, -0.38, -0.42, -0.38, -0.22)),
+    "parted": (-0.08, (-0.1, -0.22, -0.36, -0.5, -0.3)), "bob": (0.36, (-0.12, -0.2, -0.22, -0.2, -0.12)),
+    "long": (0.5, (-0.02, -0.28, -0.52, -0.28, -0.02)), "curly": (-0.04, (-0.2, -0.34, -0.36, -0.34, -0.2)),
+    "bun": (-0.06, (-0.26, -0.44, -0.5, -0.44, -0.26)), "spiky": (-0.1, (-0.26, -0.3, -0.44, -0.3, -0.26))}
+
+
+def draw_face(rng: random.Random, size: int) -> tuple[Image.Image, int]:
+    """A portrait, aligned as in CelebA (the eyes always near one height); the label is the hair style."""
+    label, u, r = rng.randrange(len(STYLES)), rng.uniform, rng.random
+    style, (low, hairline) = list(STYLES.items())[label]
+    skin, hair, iris = (_mix(*rng.sample(colours, 2), r() / 2) for colours in (SKIN, HAIR, IRIS))
+    cloth, back = _hue(r(), u(0.1, 0.9), u(0.3, 1)), _hue(r(), u(0, 0.7), u(0.5, 1))
+    shadow, lips = _mix(skin, (60, 10, 30), 0.4), _mix(skin, _hue(u(-0.06, 0.03), u(0.5, 1), u(0.6, 0.9)), u(0.3, 0.8))
+    light, yaw, tilt, zoom = u(-1, 1), u(-0.3, 0.3), u(-0.09, 0.09), u(0.9, 1.02)
+    wide, jaw, chin, long, volume = u(0.46, 0.53), u(0.33, 0.44), u(0.13, 0.23), u(0.66, 0.76), u(0.04, 0.1)
+    out, top = wide + volume, -0.68 - volume
+
+    def lit(colour: Colour, depth: float = 0.36) -> list[Colour]:
+        """Corner colours of a surface that is lit from above and from one side."""
+        sides = [_mix(_mix(colour, WHITE, 0.14), (36, 12, 26), depth * max(0, s)) for s in (light, -light)]
+        return sides + [_mix(side, (30, 12, 26), 0.2) for side in sides]
+
+    def at(x: float, y: float) -> complex:
+        """A point on the front of the head, which is round and turns by the angle yaw."""
+        return complex(0.62 * math.sin(math.asin(x / 0.62) + yaw), y)
+
+    # Hair behind the head
+    canvas, upright = _Canvas(size, lit(back, 0.3)), zoom * complex(math.cos(tilt), math.sin(tilt))
+    canvas.turn, canvas.shift = upright, complex(u(-0.05, 0.05), u(-0.06, 0.02))
+    if style in ("bob", "long"):
+        end, flare = u(0.4, 0.6) + 0.55 * (style == "long"), out + u(0, 0.12)
+        canvas.shade(_smooth(_both([0.25 + top * 1j, out - 0.2j, flare + 0.03 + (end - 0.4) * 1j,
+                                    flare + (end - 0.08) * 1j, flare - 0.15 + end * 1j])), lit(_mix(hair, BLACK, 0.3)))
+    elif style == "curly":
+        angle = np.arange(96) * np.pi / 48
+        canvas.shade((wide + u(0.12, 0.32) + 0.035 * np.cos(angle * 16)) * np.exp(1j * angle) - 0.22j, lit(hair))
+    elif style == "bun":
+        canvas.shade(_ellipse(complex(-yaw * 0.6, top - 0.1), u(0.18, 0.26), u(0.16, 0.22)), lit(hair))
+
+    # Shoulders, neckline, neck and the shadow of the chin; ears, perhaps with rings; head; beard
+    canvas.turn, neck, collar, drop, ring = zoom, u(0.22, 0.3), u(0.06, 0.17), u(0.82, 1.02), rng.choice((0, 0, 0, 255))
+    canvas.shade(_smooth(_both([neck + 0.7j, 0.6 + u(0.78, 0.9) * 1j, 0.98 + 1.15j, 0.9 + 1.6j])), lit(cloth))
+    for trim, tint in ((0.06, _mix(cloth, rng.choice((WHITE, BLACK)), u(0, 0.6))), (0, _mix(skin, shadow, 0.25))):
+        canvas.shade(_smooth(_both([neck + 0.3j, neck + trim + 0.72j, collar + (drop + trim) * 1j])), lit(tint))
+    canvas.fill(_arch(0.5j + yaw * 0.2, neck + 0.02, 0.1, 0.34), (40, 10, 20), 70)
+    canvas.turn = upright
+    for side in (-wide, wide):
+        canvas.fill(_ellipse(side - yaw * 0.14 + 0.06j, 0.08, 0.15), _mix(skin, shadow, 0.5))
+        canvas.fill(_ellipse(side * 1.04 - yaw * 0.14 + 0.24j, 0.035, 0.05), GOLD, ring)
+    head = _both([0.2 - 0.68j, 0.41 - 0.5j, wide - 0.16j, wide - 0.02 + 0.12j, jaw + 0.42j, chin + (long - 0.04) * 1j])
+    canvas.shade(_smooth([p + 0.16 * yaw * max(0, p.imag + 0.2) for p in head]), lit(skin))
+    if r() < 0.35 and style not in ("bob", "long", "bun"):
+        beard = _both([0.18 + 0.31j, 0.36 + 0.26j, 0.47 + 0.08j, jaw + 0.45j, chin + long * 1j])
+        canvas.fill(_smooth([at(p.real, p.imag) for p in beard]), _mix(hair, shadow, 0.2), int(u(70, 255)))
+
+    # On either side: cheek, eye socket, white, iris and pupil cut to the white, glint, lid, brow
+    gaze, eye, spread = complex(u(-0.04, 0.04), u(-0.01, 0.01)), u(0.115, 0.145), u(0.225, 0.255)
+    gap, slant, lift, bend, thick = u(0.05, 0.09), u(-0.18, 0.1), u(0.15, 0.21), u(0.02, 0.08), u(0.02, 0.05)
+    for side in (-1, 1):
+        centre, half = at(side * spread, 0), eye * (1 - 0.5 * max(0, side * yaw)) * complex(1, side * slant)
+        canvas.fill(_ellipse(at(side * 0.27, 0.25), 0.14, 0.1), (230, 70, 80), 32)
+        canvas.fill(_arch(centre - 0.02j, half * 1.1, gap + 0.05, gap), shadow, 120)
+        canvas.fill(_arch(centre, half, gap, gap * 0.8), WHITE)
+        for radius, colour in ((0.075, iris), (0.037, BLACK)):
+            ball = _ellipse(gaze, radius, radius)
+            edge = gap * (1 - (ball.real / eye) ** 2)
+            canvas.fill(centre + ball.real + 1j * np.clip(ball.imag, -edge, 0.8 * edge), colour)
+        canvas.fill(_ellipse(centre + gaze - 0.02 - 0.025j, 0.017, 0.017), WHITE)
+        canvas.fill(_arch(centre, half * 1.1, gap + 0.035, -gap), _mix(shadow, BLACK, 0.75))
+        canvas.fill(_arch(centre - lift * 1j, half * 1.15, bend + thick, -bend), _mix(hair, BLACK, 0.5))
+
+    # Nose: its dark side, tip and nostrils; mouth: lips, the gap between them, teeth
+    nose, wing, dark = at(0, 0.24) + yaw * 0.12, u(0.07, 0.11), math.copysign(1, -light)
+    canvas.fill(np.array([at(0.04 * dark, -0.04), nose + dark * wing, nose + 0.02j, nose - 0.06j]), shadow, 90)
+    canvas.fill(_arch(nose, wing, -0.01, 0.05), shadow, 230)
+    canvas.fill(_ellipse(nose - 0.05j - dark * 0.02, 0.03, 0.05), WHITE, 50)
+    smile, gape, full, reach = u(-0.03, 0.1), max(0, u(-0.1, 0.1)), u(0.03, 0.06), u(0.15, 0.23)
+    mouth, upper = at(0, 0.44) - smile * 0.6j, -smile - full * 0.2
+    canvas.fill(_arch(mouth, reach, full - smile, smile + gape + full * 1.3), lips)
+    canvas.fill(_arch(mouth, reach * 0.92, upper, smile + gape + full * 0.4), (76, 18, 30))
+    canvas.fill(_arch(mouth, reach * 0.82, upper, smile + gape * 0.7), WHITE, 255 * (gape > 0.015))
+
+    if hairline:  # hair in front of the head, and its sheen
+        crown = _both([out + low * 1j, out - 0.3j, 0.36 + (top + 0.1) * 1j, 0.12 + top * 1j])
+        xs, lower, side = (-0.4, -0.24, u(-0.1, 0.1), 0.24, 0.4), u(-0.05, 0.06), wide - 0.05 + (low - 0.02) * 1j
+        front = [at(x, y + lower) for x, y in zip(xs, hairline[:: rng.choice((1, -1))])]
+        hairs = _smooth(crown + [-side.conjugate()] + front + [side])
+        if style == "spiky":
+            hairs = hairs * (1 + 0.14 * (np.arange(len(hairs)) % 4 == 0) * (hairs.imag < -0.3))
+        canvas.shade(hairs, lit(hair, 0.5))
+        canvas.fill(_arch(complex(0.2 * light, top + 0.18), 0.24 * complex(1, 0.4 * light), 0.07, -0.02), WHITE, 36)
+    if r() < 0.25:  # glasses: two tinted lenses, each with a rim between two ellipses, and the bridge
+        frame, tint, across, down = _hue(r(), u(0, 0.8), u(0.1, 0.5)), int(u(0, 90)), u(0.16, 0.19), u(0.12, 0.16)
+        for lens in (at(-spread, 0.02), at(spread, 0.02)):
+            outer, inner = _ellipse(lens, across, down), _ellipse(lens, across - 0.035, down - 0.035)
+            canvas.fill(inner, frame, tint)
+            canvas.fill(np.concatenate([outer, outer[:1], inner[:1], inner[::-1]]), frame)
+        canvas.fill(_arch(at(0, 0), 0.07, 0.04, 0), frame)
+    return canvas.image.reduce(canvas.factor), label
+
+
+# The columns, in hundredths: height of the back at five places from head to tail, and of the belly relative to it;
+# tail: height, tips, notch, size of its lower half; dorsal and anal fin: front, tip, height, rear; ranges of hue,
+# saturation and value; widths of stripe, bill and spines. Then how many bands, spots and gill slits; two of _TINTS.
+_SPECIES = """
+clownfish 18 32 37 28 14 100  24 76 84 100  -40 10 52 42    0 30 50 42   3 13 85 100 80 100   0  0 0  3  0 1  0 1
+angelfish 18 40 52 40 14 100  28 84 74 100  -30 62 95 45  -30 62 95 45  10 22 30  90 80 100   0  0 0  4  0 1  1 0
+shark     14 23 26 19  9  88  50 88 68  60  -22 10 58 16  -30  2 50 -5  52 66 10  45 50  75   0  0 0  0  0 4  1 1
+trout     16 27 31 24 12  93  32 86 72 100  -18  8 50 16   10 36 42 34  12 30 30  75 65  95   7  0 0  0 14 1  3 0
+puffer    28 46 50 36 12 120  17 74 78 100   10 42 52 42   15 42 56 42   8 19 50  95 75 100   0  0 8  0 18 1  1 2
+goldfish  21 38 42 30 12 105  58 92 66 110  -30 10 68 34    0 36 64 34  -2 12 80 100 80 100   0  0 0  0  0 1  1 0
+tang      20 40 44 36 12  98  36 88 70 100  -62 34 58 46  -40 34 58 46  58 74 75 100 75 100  15  0 0  0  0 1  1 2
+sailfish  10 20 23 17  8  95  56 84 60 100  -55 -2 84 42    5 30 40 30  55 72 50  90 50  80   3 25 0  0  0 1  0 0
+"""
+SPECIES = {name: [int(word) for word in words] for name, *words in map(str.split, _SPECIES.strip().splitlines())}
+_TINTS = WHITE, BLACK, GOLD, PINK  # of the marks and, mixed with the body's colour, of the fins
+_SCALES = np.array([p for x in np.arange(-0.5, 0.5, 0.12) for p in (x - 0.3 - 0.6j, x + 0.3 + 0.6j, x - 0.26 - 0.6j)])
+
+
+def draw_fish(rng: random.Random, size: int) -> tuple[Image.Image, int]:
+    """A fish under water, seen from one side; the label is its species."""
+    label, u, r = rng.randrange(len(SPECIES)), rng.uniform, rng.random
+    *numbers, bands, spots, gills, mark, second = list(SPECIES.values())[label]
+    v = [number / 100 for number in numbers]
+    (share, high, tips, notch, low), dorsal, anal, (stripe, bill, spine) = v[5:10], v[10:14], v[14:18], v[24:]
+    hue, bright, sun, lean = u(0.46, 0.64), u(0.6, 1), u(0.05, 0.45), u(-0.6, 0.6)
+    water, deep = _hue(hue, u(0.4, 0.8), bright), _hue(hue + 0.04, 0.85, bright / 2)
+    weed = _hue(u(0.22, 0.45), 0.7, u(0.3, 0.7))
+    canvas = _Canvas(size, [_mix(water, WHITE, sun), _mix(water, WHITE, 0.5 - sun), deep, deep])
+    for _ in range(rng.randrange(2, 5)):  # beams of light, weeds, bubbles
+        x, width, radius, bubble = u(-1, 1), u(0.1, 0.3), u(0.025, 0.07), complex(u(-0.95, 0.95), u(-0.95, 0.8))
+        canvas.fill(np.array([x - 1.1j, x + width - 1.1j, x + width * 2 + lean + 1.1j, x + lean + 1.1j]), WHITE, 24)
+        canvas.fill(_arch(u(-1, 1) + 1j, u(0.3, 0.9) * complex(u(-0.3, 0.3), -1), u(-0.1, 0.25), 0.06), weed, 170)
+        canvas.fill(_ellipse(bubble, radius, radius), WHITE, 60)
+        canvas.fill(_ellipse(bubble - radius * (0.3 + 0.3j), radius * 0.4, radius * 0.4), WHITE, 140)
+
+    # Tail and fins with their rays; the body will hide their roots
+    tilt, tall, fins = u(-0.16, 0.16), u(0.88, 1.1), u(0.85, 1.1)
+    canvas.turn = u(0.9, 1.04) * complex(math.cos(tilt), math.sin(tilt))
+    canvas.shift = complex(u(-0.05, 0.05), u(-0.07, 0.07))
+    colour = _hue(u(*v[18:20]), u(*v[20:22]), u(*v[22:24]))
+    pale, dark = _mix(colour, WHITE, u(0.5, 0.85)), _mix(colour, (10, 8, 40), u(0.4, 0.65))
+    fin = _mix(colour, _TINTS[second], u(0.2, 0.8))
+    edge = ((0.42, 0.08), (0.62, 0.75 * high), (tips, high), ((tips + notch) / 2, 0.5 * high))
+    upper, lower = ([complex(x, y * s * fins) for x, y in edge] for s in (-1, low))
+    shapes = [[*upper, notch + 0j, *reversed(lower)]]
+    for sign, (front, tip, rise, rear) in ((-1j, dorsal), (1j, anal)):
+        rise *= sign * fins * tall
+        shapes.append([front, 0.6 * front + 0.4 * tip + 0.8 * rise, tip + rise, 0.4 * tip + 0.6 * (rear + rise), rear])
+    for points in shapes:
+        canvas.shade(_smooth(points), [fin, _mix(fin, pale, 0.5), _mix(fin, dark, 0.4), fin])
+        root = 0.05 * (points[0] + points[-1])
+        rays = [(10 * root, 0.9 * a + root, 0.8 * a + 0.1 * b + root) for a, b in zip(points[1:-1], points[2:-1])]
+        canvas.fill(np.ravel(rays) + 0j, dark, 100)
+
+    # Bill and spines, then the body, paler below, with its marks, which are cut to its outline
+    back = [complex(x, -y * tall) for x, y in zip((-0.66, -0.38, -0.06, 0.24, 0.46), v)]
+    belly = [complex(p.real, -p.imag * share) for p in reversed(back)]
+    body = _smooth([-0.78 + 0.02j, *back, 0.56 - 0.05j, 0.56 + 0.05j, *belly])
+    canvas.fill(np.array([-0.7 - 0.06j, -0.78 - bill + 0.02j, -0.7 + 0.06j]), dark)
+    canvas.fill(body * (1 + spine * (np.arange(len(body)) % 2) * (abs(body.real) < 0.5)), pale)
+    before, outside = canvas.image.copy(), Image.new("L", canvas.image.size, 255)
+    ImageDraw.Draw(outside).polygon(canvas.pixels(body).view(float).tolist(), 0)
+    canvas.shade(body, [_mix(colour, dark, 0.4), _mix(colour, dark, 0.4), pale, pale])
+    canvas.fill(_SCALES, dark, 45)
+    canvas.fill(_SCALES.conj(), dark, 45)
+    shift, width = u(-0.06, 0.06), u(0.05, 0.09)
+    for k in range(bands):
+        centre = -0.38 + shift + 1.2 * k / bands
+        canvas.fill(_arch(centre, 0.7j, width + 0.025, width / 2 + 0.025), BLACK)
+        canvas.fill(_arch(centre, 0.7j, width, width / 2), _TINTS[mark])
+    canvas.fill(_arch(0.05 + shift * 1j, 0.55 - 0.03j, stripe, stripe / 2), _TINTS[mark], 160 * (stripe > 0))
+    for _ in range(spots):
+        radius = u(0.02, 0.055)
+        canvas.fill(_ellipse(complex(u(-0.45, 0.5), u(-0.4, 0.1)), radius, radius), dark, 210)
+    for k in range(gills):
+        canvas.fill(_arch(-0.42 + 0.06 * k + 0.02j, 1.2 * back[0].imag * 1j, 0.05, -0.02), dark, 150)
+    canvas.image.paste(before, mask=outside)
+
+    # Eye, mouth and the fin on the side
+    eye, look = u(0.065, 0.09), complex(-0.57, 0.35 * back[0].imag)
+    canvas.fill(_ellipse(look, eye, eye), WHITE)
+    canvas.fill(_ellipse(look, eye * 0.68, eye * 0.68), BLACK)
+    canvas.fill(_ellipse(look - eye * (0.25 + 0.25j), eye * 0.25, eye * 0.25), WHITE)
+    canvas.fill(_arch(-0.74 + 0.08j, 0.08 + 0.02j, 0, 0.035), _mix(dark, BLACK, 0.5))
+    canvas.fill(_arch(-0.12 + 0.12j, 0.16 * complex(1, u(0.1, 0.9)), 0.05, 0.08 * fins), _mix(fin, dark, 0.3), 220)
+    picture = canvas.image.reduce(canvas.factor)
+    return (picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if r() < 0.5 else picture), label
+
+
+# ---- data sets and folders -------------------------------------------------------------------------------------------
+
+DRAWN = {"digits": (draw_digit, 1), "faces": (draw_face, 3), "fish": (draw_fish, 3)}  # with their own channels
+DRAWN_COUNT, DRAWN_SEED, DRAWING_VERSION = 8_000, 0, 1  # raise the version when a drawing changes
+TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # what Pillow may find inside, whatever the suffix says
+ACCEPTED = f"{', '.join([*DRAWN, *TORCHVISION])} or a folder with pictures ({' '.join(SUFFIXES)})"
+CELEBA_BOX = (35, 55, 143, 163)  # the central 108 x 108 of 178 x 218, as in DCGAN and shekkizh/EBGAN.tensorflow
+MAX_PIXELS = 64_000_000  # a picture takes up to 8 bytes a pixel while it is decoded
+CACHE_VERSION = 1  # raise it when to_array changes
+
+
+def load_images(source: str, image_size: int, channels: int | None = None, root: str = "data") -> Tensor:
+    """All pictures of `source` in a fixed order: uint8 [N, channels, image_size, image_size], 0 to 255.
+
+    source: a drawn set (digits, faces, fish), a torchvision training set (mnist, fashion, cifar10, celeba; kept in
+        `root`) or a folder, read with its subfolders. All but the small torchvision sets are decoded once into
+        `root`/cache and memory-mapped READ-ONLY, so they may exceed the memory. Bad pictures are skipped and named.
+    channels: 1 (luminance), 3, or None for what the set has itself (a folder: 3).
+    Raises ValueError for a wrong argument or a folder without a usable picture, and OSError for a failed download or
+    a `root` that cannot be written; each with a message of one line.
+    """
+    if type(image_size) is not int or image_size < 1 or channels not in (None, 1, 3):
+        raise ValueError(f"image_size must be a positive int, not {image_size!r}; channels 1 or 3, not {channels!r}")
+    if source in DRAWN:
+        return _draw(source, image_size, channels or DRAWN[source][1], root)[0]
+    if source == "celeba":
+        names = {os.path.join("img_align_celeba", name) for name in _torchvision(source, root).filename}
+        return _read_folder(os.path.join(root, "celeba"), image_size, channels or 3, root, names)
+    if source in TORCHVISION:
+        data = torch.as_tensor(_torchvision(source, root).data)  # [N, 28, 28] or [N, 32, 32, 3]
+        from torchvision.transforms import functional  # here, because torchvision doubles the start-up time
+        images = data.permute(0, 3, 1, 2) if data.ndim == 4 else functional.pad(data[:, None], [2])
+        if channels == 1 and data.ndim == 4:
+            images = functional.rgb_to_grayscale(images)
+        parts = images.split(1000)  # because resizing takes more memory than its result
+        images = torch.cat([functional.resize(part, [image_size] * 2, antialias=True) for part in parts])
+        return images.expand(-1, channels or -1, -1, -1).contiguous()
+    if os.path.isdir(source):
+        return _read_folder(source, image_size, channels or 3, root)
+    raise ValueError(f"no such data: {source!r}; give {ACCEPTED}")
+
+
+def load_labels(source: str, root: str = "data") -> Tensor:
+    """The classes of a drawn set, mnist, fashion or cifar10: int64 [N]. ValueError for a set that has none."""
+    if source in DRAWN:
+        return torch.tensor(_draw(source, 32, DRAWN[source][1], root)[1]["labels"])
+    if source not in TORCHVISION or source == "celeba":
+        raise ValueError(f"{source!r} has no labels")
+    return torch.as_tensor(_torchvision(source, root).targets)
+
+
+def to_array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
+    """A picture of any mode and shape as uint8 [channels, image_size, image_size]; ValueError above MAX_PIXELS.
+
+    It is turned upright (EXIF), cut to its central square, resized (bicubic, antialiased) and laid on white.
+    """
+    image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG need not be decoded much larger than this
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":  # 16- and 32-bit grey: scaled here, because Pillow's own conversion clips it at 255
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        whites = [65535] if ";16" in image.mode else [1, 255, 65535, grey.max()]  # 32 bits: the least that fits
+        white = next(white for white in whites if grey.max() <= white)
+        image = Image.fromarray((grey.clip(0, white) * (255 / white)).round().astype(np.uint8))
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image = ImageOps.fit(image, (image_size, image_size))
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    return np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1)
+
+
+def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
+    """The training split of a torchvision set, downloaded into `root` if it is not there. Raises OSError."""
+    try:
+        from torchvision import datasets
+        return getattr(datasets, TORCHVISION[source])(root, download=True)
+    except Exception as error:  # no network, a quota, a broken archive, a missing package...
+        raise OSError(f"{source} failed ({_reason(error)}); give a folder of pictures: --data FOLDER") from error
+
+
+def _draw(source: str, image_size: int, channels: int, root: str) -> tuple[Tensor, dict]:
+    """A drawn set, as `_cached` returns it."""
+    def draw(index: int) -> tuple[Image.Image, int]:
+        return DRAWN[source][0](random.Random(f"{DRAWN_SEED}-{index}"), image_size)
+    return _cached(source, [DRAWN_SEED, DRAWING_VERSION], range(DRAWN_COUNT), draw, image_size, channels, root)
+
+
+def _read_folder(folder: str, image_size: int, channels: int, root: str, celeba: set[str] = set()) -> Tensor:
+    """The pictures below `folder`, sorted by path; with `celeba` only those paths, cropped. See `load_images`."""
+    def read(name: str) -> tuple[Image.Image, str]:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):  # to open a pipe would be to wait for ever
+            raise OSError("broken link, closed folder or not a file")
+        image = Image.open(path, formats=FORMATS)
+        return image.crop(CELEBA_BOX) if celeba else image, name
+
+    found, seen, start = [], set(), len(os.path.join(folder, ""))
+    walk = os.walk(folder, followlinks=True, onerror=lambda error: found.append([error.filename[start:]]))
+    for where, folders, files in walk:
+        folders.sort()  # so that of two ways to one folder always the same is taken
+        if (real := os.path.realpath(where)) in seen:  # a link to a folder that was read already, or is being read
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in [os.path.join(where, name) for name in files if name.lower().endswith(SUFFIXES)]:
+            stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.exists(path) else []
+            found.append([path[start:], *stamp])
+    found = sorted(entry for entry in found if not celeba or entry[0] in celeba)
+    name, names = os.path.abspath(folder), [entry[0] for entry in found]
+    return _cached(name, [found, bool(celeba)], names, read, image_size, channels, root)[0]
+
+
+def _cached(name: str, content: list, items: Sequence, read: Callable, image_size: int, channels: int,
+            root: str) -> tuple[Tensor, dict]:
+    """The pictures read(item) -> (PIL picture, label) of all items, from a file in `root`/cache, made if need be.
+
+    The name of the file holds a digest of `content`: when that changes, a new file is made and the old one goes. It
+    and a .json are renamed into place when complete, the .json last; a file without it does not count.
+    Returns the memory-mapped uint8 [N, C, H, W] and the .json: shape, labels, skipped (pairs of item and reason).
+    """
+    keys = name, [CACHE_VERSION, len(items), content]
+    place, state = (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in keys)
+    shown = ascii(os.path.basename(name))[1:-1]
+    stem = f"{re.sub('[^A-Za-z0-9]+', '-', shown)[:40]}-{place}-{image_size}x{channels}-"
+    file = Path(root, "cache", f"{stem}{state}.u8")
+    notes, temporary = file.with_suffix(".json"), file.with_suffix(f".{os.urandom(4).hex()}.tmp")
+
+    def attempt(item: int | str) -> tuple[bytes, int | str | list]:
+        try:
+            image, label = read(item)
+            with image:
+                return to_array(image, image_size, channels).tobytes(), label
+        except Exception as error:  # Pillow raises nearly every kind, MemoryError and struct.error among them
+            return b"", [item, _reason(error)]
+
+    def mapped(how: str) -> tuple[Tensor, dict]:
+        info = json.loads(notes.read_text())
+        with warnings.catch_warnings(action="ignore"):  # read-only indeed: a writable map must fit into memory
+            images = torch.from_numpy(np.memmap(file, np.uint8, "r")).view(info["shape"])
+        print(f"{shown}: {len(images):,} pictures {how}, {len(info['skipped']):,} skipped", file=sys.stderr)
+        return images, info
+
+    try:
+        return mapped("from cache")
+    except Exception:  # not there, or damaged: view() fails unless the length is right
+        pass
+    labels, skipped, began = [], [], (told := time.monotonic())
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with (open(temporary, "wb") as out, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+              warnings.catch_warnings(action="ignore")):  # Pillow's remarks on odd metadata
+            for first in range(0, len(items), 256):  # in portions, because pool.map queues all that it is given
+                for pixels, label in pool.map(attempt, items[first:first + 256]):
+                    out.write(pixels)
+                    (labels if pixels else skipped).append(label)
+                if (now := time.monotonic()) - told > (0.1 if sys.stderr.isatty() else 10):
+                    told, done, end = now, len(labels) + len(skipped), "\r" if sys.stderr.isatty() else "\n"
+                    print(f"{shown}: {done:,}/{len(items):,}, {done / (now - began):,.0f}/s ", end=end, file=sys.stderr)
+        for item, reason in skipped[:10]:
+            print(f"skipped {ascii(item)}: {reason}", file=sys.stderr)
+        if not labels:
+            raise ValueError(f"no usable picture in {name!r} ({len(skipped):,} skipped); give {ACCEPTED}")
+        if len(skipped) > 10:
+            print(f"and {len(skipped) - 10:,} more, listed in {notes}", file=sys.stderr)
+        os.replace(temporary, file)
+        shape = [len(labels), channels, image_size, image_size]
+        temporary.write_text(json.dumps({"shape": shape, "labels": labels, "skipped": skipped}))
+        os.replace(temporary, notes)
+        for old in set(file.parent.glob(f"{stem}*")) - {file, notes}:
+            if old.suffix != ".tmp":  # that another process may be writing
+                old.unlink(missing_ok=True)
+        return mapped(f"decoded in {time.monotonic() - began:.0f} s")
+    except OSError as error:
+        raise OSError(f"cannot keep pictures in {str(file.parent)!r}: {_reason(error)}") from error
+    finally:
+        if os.path.exists(temporary):
+            temporary.unlink()
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one short ASCII line without the path."""
+    text = getattr(error, "strerror", None) or str(error).partition(" file '")[0]
+    return ascii(f"{type(error).__name__}: {text}")[1:-1][:160]
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [N, C, H, W] to floats in [-1, 1], laid out channels last, as convolutions are fastest."""
+    return images.div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+
+
+class Batches:
+    """Random batches [batch_size / world, C, H, W] of a uint8 data set [N, C, H, W], normalised, on ``device``.
+
+    The data set is copied to the device when it takes at most half of the free memory, and indexed there; else the
+    host fills a buffer on the device, at ``refill``, to be called before every step. So a step that takes a batch by
+    ``batches()`` (or ``batches(i)`` for i < ``per_step``) is pure device work and can be captured in a CUDA graph.
+    Pictures are drawn with replacement. All ranks draw the same global batch and take their own share of it; with
+    ``hflip`` every other picture is mirrored.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, device: torch.device, hflip: bool = False, rank: int = 0,
+                 world: int = 1, per_step: int = 1, resident: bool | None = None):
+        if resident is None:
+            resident = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        self.batch_size, self.device, self.hflip, self.rank, self.world = batch_size, device, hflip, rank, world
+        self.images = images.to(device) if resident else images
+        shape = (per_step, batch_size // world, *images.shape[1:])
+        self.buffer = None if resident else torch.empty(shape, dtype=torch.uint8, device=device)
+
+    def _mine(self, numbers: Tensor) -> Tensor:
+        return numbers.chunk(self.world)[self.rank]
+
+    def refill(self) -> None:
+        """Puts the next pictures into the buffer, if there is one."""
+        for slot in () if self.buffer is None else self.buffer:
+            batch = self.images[self._mine(torch.randint(len(self.images), (self.batch_size,)))]
+            slot.copy_(batch.pin_memory() if self.device.type == "cuda" else batch, non_blocking=True)
+
+    def __call__(self, number: int = 0) -> Tensor:
+        if self.buffer is None:
+            batch = self.images[self._mine(torch.randint(len(self.images), (self.batch_size,), device=self.device))]
+        else:
+            batch = self.buffer[number]
+        if self.hflip:
+            mirrored = self._mine(torch.rand(self.batch_size, device=self.device)) < 0.5
+            batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
+        return normalise(batch)
+
+
+# ---- pictures and measures -------------------------------------------------------------------------------------------
+
+BLUES = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))  # ColorBrewer, light to dark
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, safe for the colour-blind
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Turn floats in [-1, 1] into uint8 in [0, 255], rounded and clamped; uint8 passes through unchanged."""
+    if images.dtype == torch.uint8:
+        return images
+    return images.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int | None = None, zoom: int | None = None) -> None:
+    """Write images [N, C, H, W] (C is 1 or 3, values as for `to_bytes`) as one PNG, row by row with white gaps.
+
+    The grid is about square unless `columns` is given. Each pixel becomes zoom x zoom of them: by default the largest
+    whole zoom, at most 4, that keeps the images of a row within 1024 pixels. Raises ValueError if there is no image.
+    """
+    from torchvision.utils import make_grid  # here, because importing torchvision doubles the start-up time
+
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"a grid needs images [N, C, H, W] with N > 0, got {tuple(images.shape)}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    zoom = zoom or max(1, min(4, 1024 // (columns * images.shape[-1])))
+    pixels = to_bytes(images).cpu().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    Image.fromarray(make_grid(pixels, nrow=columns, pad_value=255).permute(1, 2, 0).numpy()).save(path)
+
+
+def save_strip(rows: Tensor, path: str | Path) -> None:
+    """Write interpolations [R, N, C, H, W] as one PNG, each of the R walks a row of N images; else as `save_grid`."""
+    save_grid(rows.flatten(0, 1), path, columns=rows.shape[1])
+
+
+def save_pngs(images: Tensor, folder: str | Path, first: int = 0) -> None:
+    """Write images [N, C, H, W] (as for `save_grid`) as folder/00000.png and so on, numbered from `first`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    arrays = to_bytes(images).cpu().permute(0, 2, 3, 1).numpy()
+    arrays = arrays[..., 0] if arrays.shape[-1] == 1 else arrays
+
+    def save(i: int) -> None:
+        Image.fromarray(arrays[i]).save(Path(folder, f"{first + i:05d}.png"), compress_level=1)
+
+    with ThreadPoolExecutor() as pool:  # Pillow compresses outside the interpreter lock
+        list(pool.map(save, range(len(arrays))))  # list() raises what a thread raised
+
+
+def save_gif(frames: list, path: str | Path, ms: int = 120, hold: int = 1500, limit: int = 60) -> None:
+    """Write frames (paths of pictures, or PIL images) as an endless GIF; ValueError if there is none.
+
+    Each frame shows for `ms` milliseconds and the last for `hold`. All take the size of the last, reduced by a whole
+    factor to about 512 pixels. More than `limit` frames are thinned evenly, keeping the first and the last.
+    """
+    if not frames:
+        raise ValueError("a GIF needs at least one frame")
+    kept = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(limit, len(frames)))]
+
+    def load(frame) -> Image.Image:
+        return (frame if isinstance(frame, Image.Image) else Image.open(frame)).convert("RGB")
+
+    size = load(kept[-1]).size
+    factor = max(1, round(max(size) / 512))
+    # Each frame has its own palette, as colours drift in training; dithering would flicker and swell the file.
+    images = [load(f).resize(size).reduce(factor).quantize(256, dither=Image.Dither.NONE) for f in kept]
+    durations = [ms] * (len(images) - 1) + [hold]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+def density_picture(points: Tensor, extent: float, size: int = 200, blur: float = 0.02) -> Image.Image:
+    """Draw the density of points [N, 2] over [-extent, extent]^2, y upwards, as a picture of size x size pixels.
+
+    A histogram smoothed by a Gaussian of standard deviation blur * extent. Colour follows the square root of density,
+    so that stray points show, and is darkest at the peak of each picture. Points outside are left out.
+    """
+    bins = ((points.detach().float().cpu() / extent + 1) * size / 2).floor()
+    x, y = bins[((bins >= 0) & (bins < size)).all(dim=1)].long().unbind(dim=1)  # NaN fails both, so it is left out too
+    counts = torch.bincount((size - 1 - y) * size + x, minlength=size * size).reshape(size, size).float()
+    place = torch.arange(size) * (2 / size / blur)
+    kernel = torch.exp((place[:, None] - place).square() / -2)
+    density = kernel @ counts @ kernel
+    level = (density / density.max().clamp(min=1e-9)).sqrt().numpy()
+    channels = [np.interp(level, np.linspace(0, 1, len(BLUES)), channel) for channel in zip(*BLUES)]
+    return Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
+
+
+def save_panels(panels: list[Image.Image], titles: list[str], path: str | Path) -> None:
+    """Write pictures of one size side by side, each under its title; ValueError unless there is a title for each."""
+    if not panels or len(panels) != len(titles):
+        raise ValueError(f"need one title for each panel, got {len(panels)} panels and {len(titles)} titles")
+    (width, height), gap, head = panels[0].size, 8, 26
+    strip = Image.new("RGB", (len(panels) * (width + gap) + gap, head + height + gap), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(14)
+    for i, (panel, title) in enumerate(zip(panels, titles)):
+        left = gap + i * (width + gap)
+        strip.paste(panel, (left, head))
+        draw.text((left + width / 2, head / 2), title, "#333333", font, "mm")
+    strip.save(path)
+
+
+def save_chart(
+    csv_path: str | Path, path: str | Path, panels: list[tuple[str, ...]], log: tuple[str, ...] = ()
+) -> None:
+    """Draw columns of a CSV file against its column "step": a panel for each tuple of names, two panels to a row.
+
+    A panel gets a log axis if its values are all positive and either `log` names one of its columns or they span more
+    than two decades. Empty and non-finite cells are skipped: the line joins the values on either side. A long column
+    becomes a line of means in a band from the least value to the greatest. Raises ValueError if a column is missing.
+    """
+    with open(csv_path, newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    cells = dict(zip_longest(header, zip_longest(*rows), fillvalue=()))
+    if missing := {"step", *sum(panels, ())} - cells.keys():
+        raise ValueError(f"{csv_path} has no column {', '.join(sorted(missing))}")
+    table = {name: np.array([float(c or "nan") for c in cells[name]]) for name in {"step", *sum(panels, ())}}
+    across, scale = min(2, len(panels)), 4  # drawn large, then reduced: Pillow does not smooth lines itself
+    chart = Image.new("RGB", (420 * across, 250 * math.ceil(len(panels) / across)), "white")
+    for i, names in enumerate(panels):
+        panel = Image.new("RGB", (420 * scale, 250 * scale), "white")
+        _draw_panel(panel, scale, table["step"], {n: table[n] for n in names}, not set(names).isdisjoint(log))
+        chart.paste(panel.reduce(scale), (420 * (i % across), 250 * (i // across)))
+    chart.save(path)
+
+
+def _draw_panel(panel: Image.Image, scale: int, x: np.ndarray, lines: dict[str, np.ndarray], log: bool) -> None:
+    """Draw one panel of `save_chart` over all of `panel`: legend, axes, and each of `lines` against `x`."""
+    draw, font, ink, pale = ImageDraw.Draw(panel, "RGBA"), ImageFont.load_default(12 * scale), "#444444", "#E8E8E8"
+    left, top, right, bottom = 62 * scale, 34 * scale, panel.width - 30 * scale, panel.height - 42 * scale
+    at = left
+    for name, colour in zip(lines, cycle(LINES)):  # the legend is the panel's title too
+        draw.line((at, top / 2, at + 16 * scale, top / 2), colour, 3 * scale)
+        draw.text((at + 21 * scale, top / 2), name, "black", font, "lm")
+        at += draw.textlength(name, font) + 38 * scale
+
+    known = [(x[ok], y[ok]) for y in lines.values() for ok in [np.isfinite(x) & np.isfinite(y)]]
+    steps, values = (np.concatenate(side) for side in zip(*known))
+    if len(values) == 0:
+        return draw.text(((left + right) / 2, (top + bottom) / 2), "no data yet", ink, font, "mm")
+    log = values.min() > 0 and values.max() / values.min() > (1 if log else 100)
+    to_x, x_ticks = _axis(0, max(1, steps.max()), False, left, right)
+    to_y, y_ticks = _axis(values.min(), values.max(), log, bottom - 8 * scale, top + 8 * scale)
+    for tick in x_ticks:
+        draw.line((to_x(tick), top, to_x(tick), bottom), pale, scale)
+        draw.text((to_x(tick), bottom + 6 * scale), _label(tick), ink, font, "mt")
+    for tick in y_ticks:
+        draw.line((left, to_y(tick), right, to_y(tick)), pale, scale)
+        draw.text((left - 7 * scale, to_y(tick)), _label(tick), ink, font, "rm")
+    draw.line((left, top, left, bottom, right, bottom), "#999999", scale)
+    draw.text(((left + right) / 2, panel.height - 3 * scale), "step", ink, font, "mb")
+
+    for (steps, values), colour in zip(known, cycle(LINES)):
+        if len(values) > 300:
+            starts = np.arange(0, len(values), math.ceil(len(values) / 150))
+            least, most, total = (f.reduceat(values, starts) for f in (np.minimum, np.maximum, np.add))
+            steps, values = steps[starts], total / np.diff(starts, append=len(values))
+            draw.polygon([*zip(to_x(steps), to_y(least)), *zip(to_x(steps[::-1]), to_y(most[::-1]))], colour + "40")
+        if len(values) > 1:
+            draw.line([*zip(to_x(steps), to_y(values))], colour, 7 * scale // 4, "curve")
+        elif len(values) == 1:
+            spot = np.array([to_x(steps[0]), to_y(values[0])])
+            draw.ellipse([*(spot - 3 * scale), *(spot + 3 * scale)], colour)
+
+
+def _label(tick: float) -> str:
+    """Write a tick in few characters: 20,000 or 0.3 or 2e-5."""
+    text = f"{tick:,.10g}" if abs(tick) < 1e6 else f"{tick:g}"
+    return text.replace("e+", "e").replace("e0", "e").replace("e-0", "e-")
+
+
+def _axis(low: float, high: float, log: bool, start: float, end: float) -> tuple[Callable, list[float]]:
+    """The map from values low..high to pixels start..end, and up to about five round values to mark."""
+    if high - low <= 1e-6 * abs(high):
+        low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
+    unit = 10.0 ** math.floor(math.log10((high - low) / 5))
+    unit *= next(m for m in (1, 2, 5, 10) if m * unit * 5 >= (high - low) * 0.999)
+    ticks = [k * unit for k in range(math.ceil(low / unit - 1e-6), math.floor(high / unit + 1e-6) + 1)]
+    if not log:
+        return lambda v: start + (v - low) / (high - low) * (end - start), ticks
+    if high / low > 10:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        every, factors = math.ceil(len(powers) / 7), (1,) if high / low > 1000 else (1, 3)
+        ticks = [t for power in powers[::every] for f in factors if low <= (t := float(f"{f}e{power}")) <= high]
+    return lambda v: start + np.log(v / low) / math.log(high / low) * (end - start), ticks
+
+
+def _rows(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float [N, D] and [M, D] on the device of `samples`, uint8 read as [-1, 1]; ValueError if unusable."""
+    if min(len(samples), len(data)) < 2 or samples.shape[1:] != data.shape[1:]:
+        raise ValueError(f"need two or more of one shape on each side, got {tuple(samples.shape)}, {tuple(data.shape)}")
+    sides = (side.detach().to(samples.device).reshape(len(side), -1) for side in (samples, data))
+    first, second = (side.float() / 127.5 - 1 if side.dtype == torch.uint8 else side.float() for side in sides)
+    return first, second
+
+
+def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 256, seed: int = 0) -> float:
+    """Sliced Wasserstein-1 distance between samples [N, ...] and data [M, ...] of one shape; 0 for equal sets.
+
+    SW = mean over unit directions t of W1(t.x, t.y), where in one dimension W1 = integral over q in [0, 1] of
+    |quantile_x(q) - quantile_y(q)|, exact for any N and M (Rabin et al. 2011; Bonneel et al. 2015). Not scaled by the
+    dimension D: a shift by v gives about 0.8 |v| / sqrt(D), so for images it is in units of a pixel value on [-1, 1],
+    whatever their size. The directions depend on `seed` alone. Raises ValueError unless N, M > 1 and shapes match.
+    """
+    x, y = _rows(samples, data)
+    directions = torch.randn(x.shape[1], projections, generator=torch.Generator().manual_seed(seed)).to(x)
+    directions /= directions.norm(dim=0)
+    x, y = (x @ directions).sort(dim=0).values, (y @ directions).sort(dim=0).values
+    n, m = len(x), len(y)
+    # Quantile functions jump at i/N and j/M and are flat in between: sum over those pieces, in whole units of 1/(N M).
+    jumps = torch.cat([torch.arange(n + 1) * m, torch.arange(m) * n]).unique().to(x.device)
+    gaps = (x[jumps[:-1] // m] - y[jumps[:-1] // n]).abs().mean(dim=1)
+    return (gaps @ jumps.diff().to(x) / (n * m)).item()
+
+
+def diversity_ratio(samples: Tensor, data: Tensor) -> float:
+    """Mean Euclidean distance over pairs of samples [N, ...], divided by that over pairs of data [M, ...].
+
+    0 if all samples are one image (mode collapse), 1 if they are as varied as the data. The cost grows with N^2: a few
+    hundred of each suffice. Raises ValueError unless N, M > 1, shapes match and the data differ.
+    """
+    x, y = _rows(samples, data)
+    spread = torch.pdist(y).mean().item()
+    if spread == 0:
+        raise ValueError("the data are all the same, so there is nothing to compare the samples with")
+    return torch.pdist(x).mean().item() / spread

@@ -1,0 +1,83 @@
+"""The card of the project: what lies where, what imports what, and that the four scripts stay alike."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS, module
+
+PACKAGES = {"torch", "torchvision", "numpy", "PIL"}
+PUBLIC = {
+    "began": "reconstruction_loss balance Generator Discriminator load_generator train main",
+}
+
+
+def imported(path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+def test_top_level():
+    allowed = {"ebgan.py", "began.py", "unrolled_gan.py", "wgan_gp.py", "common.py", "requirements.txt", "README.md", "tests"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True).stdout.split("\n")
+    assert {name.split("/")[0] for name in tracked if name and name[0] != "."} <= allowed
+
+
+def test_requirements_are_the_four_packages():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert [line.split(">=")[0] for line in lines] == ["torch", "torchvision", "numpy", "pillow"]
+    assert all(">=" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "common"])
+def test_imports(name):
+    foreign = imported(ROOT / f"{name}.py") - set(sys.stdlib_module_names) - PACKAGES
+    assert foreign == (set() if name == "common" else {"common"})
+
+
+def test_public_names(script):
+    missing = [name for name in PUBLIC[script].split() if not hasattr(module(script), name)]
+    assert not missing
+
+
+def test_import_runs_nothing_and_is_light(script, tmp_path):
+    code = f"import sys; sys.argv = ['x', '--no-such-flag']; import {script}; assert 'torchvision' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, b"", b"", [])
+
+
+def test_help_names_at_most_32_flags(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module(script).main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert text.count("\n  --") <= 32
+    assert "(default: 0.001)" in " ".join(text.split())  # defaults are shown
+
+
+def block(script: str) -> str:
+    text = (ROOT / f"{script}.py").read_text()
+    return text[text.index("# ---- plumbing"):text.index("# ---- training")]
+
+
+def test_plumbing_is_the_same_text(script):
+    assert len(block(script)) > 1000
+    assert block(script) == block("began")
+
+
+def test_order_of_the_parts(script):
+    text = (ROOT / f"{script}.py").read_text()
+    parts = ["arguments", "networks", "losses", "plumbing", "training", "sampling"]
+    places = [text.index(f"# ---- {part}") for part in parts]
+    assert places == sorted(places)
+
+
+def test_lines_fit():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        assert max(map(len, path.read_text().split("\n"))) <= 120, path

@@ -1,0 +1,312 @@
+"""Every script as a user runs it, with tiny settings: its files, resuming, ranks, interruptions and bad input."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, SCRIPTS, command, load, module, rows, run, same_state
+from PIL import Image
+
+FLAG_OF_A_PAPER = {"began": ("--gamma", "0.7")}
+BAD_FLAGS = {"began": [("--gamma", "1.5"), ("--gamma", "nan"), ("--lambda-k", "x"), ("--image-size", "48"), ("--eta", "3")]}
+IMAGES = [script for script in SCRIPTS if script != "unrolled_gan"]
+
+
+def fails(capsys, script: str, *arguments: str) -> str:
+    """The one line that the script ends with."""
+    with pytest.raises(SystemExit) as stop:
+        module(script).main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err + ("" if isinstance(stop.value.code, int) else stop.value.code + "\n")
+    assert stop.value.code not in (0, None) and "Traceback" not in error
+    return error.strip().split("\n")[-1]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, data_flags):
+    """One finished run of every script, in its own process, begun where --out is left to the script."""
+    from conftest import TINY
+
+    folders = {}
+    for script in SCRIPTS:
+        cwd = tmp_path_factory.mktemp(script)
+        done = run(script, *TINY[script], *data_flags[script], cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        folders[script] = cwd / "runs" / f"{script}-001", done.stdout
+    return folders
+
+
+def test_files_of_a_run(script, finished):
+    folder, output = finished[script]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["steps"] == 6 and config["out"] and "resume" not in config
+    table = rows(folder)
+    assert [row["step"] for row in table] == ["2", "4", "6"]
+    assert all(torch.isfinite(torch.tensor(float(cell))) for row in table for cell in row.values())
+    for name in ("000000", "000004", "000006", "real"):  # a picture is due at 3: the next look is at 4
+        with Image.open(folder / f"samples/{name}.png") as image:
+            assert len(set(image.convert("L").resize((64, 64)).getdata())) > 1
+    with Image.open(folder / "training.gif") as gif:
+        assert gif.n_frames == 3
+    with Image.open(folder / "curves.png") as chart:
+        assert min(chart.size) > 200
+    content = load(folder / "checkpoint.pt")
+    assert content["script"] == script and int(content["state"]["step"]) == 6
+    assert re.search(r"^6/6 .* steps/s  0 s left$", output, re.M)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_the_same_command_takes_the_next_folder(script, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for count in (1, 2):
+        assert module(script).train(module(script).parse_arguments([*flags, "--steps", "1"])).name == f"{script}-00{count}"
+
+
+def test_resume_ends_to_the_bit_where_one_run_ends(script, flags, tmp_path):
+    main, whole, halves = module(script).main, tmp_path / "whole", tmp_path / "halves"
+    main([*flags, "--out", str(whole)])
+    main([*flags, "--out", str(halves), "--steps", "2"])
+    main(["--resume", "--out", str(halves), "--steps", "6"])
+    assert same_state(load(whole / "checkpoint.pt"), load(halves / "checkpoint.pt"))
+    assert rows(whole) == rows(halves)
+
+
+def test_seed_decides(script, flags, tmp_path):
+    main = module(script).main
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        main([*flags, "--steps", "2", "--seed", seed, "--out", str(tmp_path / name)])
+    a, b, c = (load(tmp_path / name / "checkpoint.pt") for name in "abc")
+    assert same_state(a, b) and not same_state(a, c)
+
+
+def test_resume_rolls_back_to_a_kept_checkpoint(script, flags, tmp_path):
+    main, out = module(script).main, tmp_path / "run"
+    main([*flags, "--out", str(out), "--keep"])
+    whole, table = load(out / "checkpoint.pt"), rows(out)
+    assert sorted(path.name for path in out.glob("checkpoint-*.pt")) == [f"checkpoint-{n:06d}.pt" for n in (0, 2, 4, 6)]
+    main(["--resume", "--checkpoint", str(out / "checkpoint-000002.pt")])
+    assert same_state(whole, load(out / "checkpoint.pt")) and rows(out) == table
+
+
+def test_resume_refuses_other_settings_by_name(script, flags, tmp_path, capsys):
+    out, (flag, value) = tmp_path / "run", FLAG_OF_A_PAPER[script]
+    module(script).main([*flags, "--steps", "2", "--out", str(out)])
+    before = (out / "checkpoint.pt").read_bytes()
+    resume = ["--resume", "--out", str(out)]
+    assert re.search(rf"{flag}: the run has .*{value}", fails(capsys, script, *resume, flag, value))
+    assert "--batch-size" in fails(capsys, script, *resume, "--batch-size", "8")
+    assert "--steps" in fails(capsys, script, *resume, "--steps", "1")
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_end(script, flags, finished, tmp_path):
+    """kill -9, again and again, and no checkpoint is ever broken; more moments by tests/kill.py."""
+    steps, rng = ["--steps", "60", "--save-every", "2"], random.Random(1)
+    module(script).main([*flags, *steps, "--out", str(tmp_path / "whole")])
+    arguments = [*flags, *steps, "--out", "killed"]
+    for _ in range(3):
+        process = subprocess.Popen(command(script, *arguments), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE)
+        assert process.stdout.readline()  # it has begun
+        while not (tmp_path / "killed/checkpoint.pt").exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        load(tmp_path / "killed/checkpoint.pt")
+        arguments = ["--resume", "--out", "killed"]
+    assert run(script, *arguments, cwd=tmp_path).returncode == 0
+    assert same_state(load(tmp_path / "whole/checkpoint.pt"), load(tmp_path / "killed/checkpoint.pt"))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(script, flags, tmp_path):
+    arguments = [*flags, "--steps", "100000", "--save-every", "100000", "--out", "run"]
+    process = subprocess.Popen(command(script, *arguments), cwd=tmp_path, env=ENVIRONMENT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not process.stdout.readline().startswith("4/"):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    step = int(load(tmp_path / "run/checkpoint.pt")["state"]["step"])
+    assert process.returncode != 0 and step >= 4 and rows(tmp_path / "run")[-1]["step"] == str(step)
+    assert f"stopped at step {step}; to go on: python {script}.py --resume --out run" in error
+    main = module(script).main
+    main([*flags, "--steps", str(step + 4), "--out", str(tmp_path / "whole"), "--save-every", "1000"])
+    # The saved --steps is 100000, so the rest is trained from a copy with fewer.
+    content = load(tmp_path / "run/checkpoint.pt")
+    content["config"]["steps"] = step + 4
+    torch.save(content, tmp_path / "run/checkpoint.pt")
+    main(["--resume", "--out", str(tmp_path / "run")])
+    assert same_state(load(tmp_path / "whole/checkpoint.pt"), load(tmp_path / "run/checkpoint.pt"))
+
+
+def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(script, flags, tmp_path, capsys, monkeypatch):
+    real, calls = module(script).update, []
+
+    def broken(optimizer, gradients):
+        calls.append(1)
+        real(optimizer, [gradient * (float("nan") if len(calls) > 12 else 1) for gradient in gradients])
+
+    monkeypatch.setattr(module(script), "update", broken)
+    message = fails(capsys, script, *flags, "--steps", "40", "--out", tmp_path / "run")
+    assert re.search(r"step \d+: .*nan.*the last good checkpoint is .*checkpoint.pt", message)
+    state = load(tmp_path / "run/checkpoint.pt")["state"]
+    assert all(value.isfinite().all() for value in state["generator"].values())
+    assert 0 < int(state["step"]) < 40
+
+
+def close(one: dict, two: dict, within: float) -> bool:
+    networks = [name for name in one["state"] if name in ("generator", "discriminator", "critic")]
+    return bool(networks) and all(torch.allclose(value, two["state"][name][key], rtol=0, atol=within)
+                                  for name in networks for key, value in one["state"][name].items())
+
+
+def test_two_ranks_equal_one(script, flags, tmp_path):
+    ten = [*flags, *RANKS.get(script, []), "--steps", "10", "--log-every", "5", "--save-every", "5"]
+    assert run(script, *ten, "--out", "two", cwd=tmp_path, ranks=2).returncode == 0
+    module(script).main([*ten, "--out", str(tmp_path / "one")])
+    assert close(load(tmp_path / "one/checkpoint.pt"), load(tmp_path / "two/checkpoint.pt"), 1e-5)
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert [float(cell) for cell in two.values()] == pytest.approx([float(c) for c in one.values()], rel=1e-3, abs=1e-5)
+    assert not close(load(tmp_path / "one/checkpoint.pt"), torch_zero(load(tmp_path / "two/checkpoint.pt")), 1e-5)
+
+
+RANKS = {}
+
+
+def torch_zero(content: dict) -> dict:
+    for name in ("generator", "discriminator", "critic"):
+        for value in content["state"].get(name, {}).values():
+            value.zero_()
+    return content
+
+
+def test_a_killed_rank_ends_the_run_and_leaves_a_checkpoint(script, flags, tmp_path):
+    arguments = [*flags, "--steps", "100000", "--out", "run"]
+    process = subprocess.Popen(command(script, *arguments, ranks=2), cwd=tmp_path, env=ENVIRONMENT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while not process.stdout.readline().startswith("4/"):
+        pass
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True).stdout.split()
+    subprocess.run(["kill", "-9", children[-1]], check=True)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert int(load(tmp_path / "run/checkpoint.pt")["state"]["step"]) >= 2
+
+
+def test_ranks_must_share_the_batch(script, flags, tmp_path):
+    done = run(script, *flags, "--batch-size", "3", cwd=tmp_path, ranks=2)
+    assert done.returncode != 0 and "--batch-size 3: accepted are multiples of the 2 ranks" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_load_generator(script, finished):
+    generator, config = module(script).load_generator(finished[script][0] / "checkpoint.pt")
+    assert config["seed"] == 0 and not generator.training
+    z = torch.zeros(3, config["latent"])
+    assert torch.equal(generator(z), generator(z)) and len(generator(z)) == 3
+
+
+@pytest.mark.parametrize("script", IMAGES)
+def test_sample_writes_numbered_pictures(script, finished, tmp_path):
+    checkpoint = ["--checkpoint", str(finished[script][0] / "checkpoint.pt"), "--device", "cpu"]
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        module(script).main([*checkpoint, "--sample", "5", "--seed", seed, "--out", str(tmp_path / name)])
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == [f"{index:05d}.png" for index in range(5)]
+    a, b, c = ([(tmp_path / name / file).read_bytes() for file in files] for name in "abc")
+    assert a == b and a != c and len(set(a)) == 5
+    assert Image.open(tmp_path / "a/00000.png").size == (16, 16)
+
+
+@pytest.mark.parametrize("script", IMAGES)
+def test_sample_takes_the_newest_run_and_a_new_folder(script, finished, monkeypatch):
+    folder = finished[script][0]
+    monkeypatch.chdir(folder.parent.parent)
+    for count in (1, 2):
+        module(script).main(["--sample", "2"])
+        assert len(list((folder / f"sample-00{count}").iterdir())) == 2
+    shutil.rmtree(folder / "sample-001"), shutil.rmtree(folder / "sample-002")
+
+
+@pytest.mark.parametrize("script", IMAGES)
+def test_interpolate_writes_walks(script, finished, tmp_path):
+    checkpoint = str(finished[script][0] / "checkpoint.pt")
+    module(script).main(["--checkpoint", checkpoint, "--interpolate", "3", "--out", str(tmp_path / "walks")])
+    with Image.open(tmp_path / "walks/walks.png") as image:
+        assert image.width > image.height > 40
+
+
+def test_bad_flags_are_named_with_what_is_accepted(script, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad = [("--steps", "0"), ("--steps", "1.5"), ("--lr", "0"), ("--lr", "-1"), ("--lr", "nan"), ("--batch-size", "x"),
+           ("--seed", "-1"), ("--device", "tpu"), ("--precision", "fp8"), ("--log-every", "0"), ("--sample", "0")]
+    for flag, value in bad + BAD_FLAGS[script]:
+        message = fails(capsys, script, *flags, flag, value)
+        assert f"argument {flag}" in message and value in message and re.search("from .* to|choose from", message), message
+    assert "unrecognized arguments: --no-such" in fails(capsys, script, "--no-such")
+    if not torch.cuda.is_available():
+        assert "--device cuda: this machine has none" in fails(capsys, script, *flags, "--device", "cuda")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_checkpoints(script, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"no run of {script}.py" in fails(capsys, script, "--sample", "1")
+    assert f"no run of {script}.py" in fails(capsys, script, "--resume")
+    assert "nowhere" in fails(capsys, script, "--sample", "1", "--checkpoint", "nowhere/checkpoint.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    assert "text.pt is not a checkpoint" in fails(capsys, script, "--sample", "1", "--checkpoint", "text.pt")
+    whole = (finished[script][0] / "checkpoint.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    assert "half.pt is not a checkpoint" in fails(capsys, script, "--resume", "--checkpoint", "half.pt")
+    content = load(finished[script][0] / "checkpoint.pt") | {"script": "other"}
+    torch.save(content, tmp_path / "other.pt")
+    assert f"other.pt is not a checkpoint of {script}.py" in fails(capsys, script, "--resume", "--checkpoint", "other.pt")
+
+
+def test_out_that_holds_something_is_refused(script, flags, finished, capsys):
+    folder = finished[script][0]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert f"--out: {folder} is not empty" in fails(capsys, script, *flags, "--out", folder)
+    assert f"--out: {folder} is not empty" in fails(capsys, script, "--sample", "2", "--out", folder)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("script", IMAGES)
+def test_bad_data_leaves_no_run_behind(script, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "no such data: 'nowhere'" in fails(capsys, script, *flags, "--data", "nowhere")
+    assert "no usable picture" in fails(capsys, script, *flags, "--data", "empty", "--data-root", "cache")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script", IMAGES)
+def test_trains_among_broken_pictures_as_without_them(script, flags, pictures, tmp_path, capsys):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(pictures, mixed)
+    for index in range(10):
+        (mixed / f"{index:02d}-broken.jpg").write_bytes(b"" if index % 2 else b"not a picture")
+        (mixed / f"{index:02d}-half.png").write_bytes((pictures / "00.png").read_bytes()[:60])
+    root = ["--data-root", str(tmp_path / "data"), "--steps", "2"]
+    module(script).main([*flags, *root, "--out", str(tmp_path / "clean")])
+    capsys.readouterr()
+    module(script).main([*flags, *root, "--data", str(mixed), "--out", str(tmp_path / "run")])
+    text = capsys.readouterr().err
+    assert "20 skipped" in text and "00-broken.jpg" in text
+    assert same_state(load(tmp_path / "clean/checkpoint.pt"), load(tmp_path / "run/checkpoint.pt"))
+
+
+@pytest.mark.parametrize("script", IMAGES)
+def test_the_same_step_runs_in_bf16_and_with_mirrored_images(script, flags, tmp_path):
+    module(script).main([*flags, "--precision", "bf16", "--hflip", "--steps", "2", "--out", str(tmp_path / "run")])
+    module(script).main([*flags, "--hflip", "--steps", "2", "--out", str(tmp_path / "fp32")])
+    one, two = load(tmp_path / "run/checkpoint.pt"), load(tmp_path / "fp32/checkpoint.pt")
+    assert not same_state(one, two)
+    assert all(value.dtype == torch.float32 for value in one["state"]["generator"].values())
