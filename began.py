@@ -70,11 +70,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
     add("--keep", action="store_true", help="keep a numbered copy of every checkpoint")
     add("--out", help="run folder (default: the next free runs/began-001); with --sample and the like, their folder")
-    add("--resume", action="store_true", help="go on with the newest run, or that of --out or --checkpoint")
-    add("--checkpoint", metavar="FILE", help="what to use instead of the newest run's checkpoint.pt")
-    add("--sample", type=number(int, 1), metavar="N", help="write N samples as numbered PNGs, and train nothing")
-    add("--interpolate", type=number(int, 1), metavar="N", help="write N walks between two random z, likewise")
-    add("--embed", metavar="FOLDER", help="find z for the pictures of a folder, and walk between them, likewise")
+    add("--checkpoint", metavar="FILE", help="what the following take instead of the newest run's checkpoint.pt")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--resume", action="store_true", help="go on with the newest run, or that of --out or --checkpoint")
+    instead("--sample", type=number(int, 1), metavar="N", help="train nothing, write N samples as numbered PNGs")
+    instead("--interpolate", type=number(int, 1), metavar="N", help="train nothing, write N walks between random z")
+    instead("--embed", metavar="FOLDER", help="train nothing, find z for a folder's pictures and walk between them")
     return settings(parser, argv)
 
 
@@ -187,7 +188,7 @@ def halve_on_stall(m: Tensor, lr: Tensor, smooth: Tensor, best: Tensor, waited: 
 # ---- plumbing: the same text in all four scripts; it knows nothing of GANs ------------------------------------------
 
 SCRIPT = Path(__file__).stem
-ACTIONS = {"resume", "checkpoint", "sample", "interpolate", "embed", "grow_from"}  # of one call, not of the run
+ACTIONS = {"resume", "sample", "interpolate", "embed"}
 MAY_CHANGE = {"steps", "data_root", "device", "no_graph", "log_every", "sample_every", "save_every", "keep", "out"}
 
 
@@ -207,6 +208,8 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 def settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """The command line's settings; a resumed run's are its saved ones, of which only MAY_CHANGE can be given anew."""
     args = parser.parse_args(argv)
+    if args.checkpoint and not any(getattr(args, action, None) for action in ACTIONS):
+        parser.error("argument --checkpoint: goes with " + ", ".join(f"--{action}" for action in sorted(ACTIONS)))
     if not args.resume:
         if args.out and os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
             parser.error(f"argument --out: {args.out} is not empty; name a new folder, or --resume the run in it")
@@ -324,11 +327,29 @@ def replays(step: Callable[[], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]
             values = step()
         torch.cuda.current_stream().wait_stream(stream)
         yield values
-    with torch.cuda.graph(graph, stream=stream):  # records the step, and runs nothing
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # records, runs nothing
         values = step()
     while True:
         graph.replay()
         yield values
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Notes Ctrl-C and SIGTERM in the list it yields, to be looked at between steps; a second one stops at once."""
+    stops: list[int] = []
+
+    def note(kind: int, _: object) -> None:
+        if stops:
+            raise KeyboardInterrupt
+        stops.append(kind)
+
+    handlers = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stops
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
 
 
 def save(folder: Path, state: dict, config: dict) -> None:
@@ -362,11 +383,11 @@ def restore(path: str, state: dict, device: torch.device) -> None:
 
 
 def loop(args: argparse.Namespace, state: dict, device: torch.device, step: Callable[[], dict[str, Tensor]],
-         refill: Callable[[], None], measure: Callable[[], dict[str, float]], dump: Callable[[Path, int], None]) -> Path:
+         refill: Callable[[], None], measure: Callable[[dict], dict], dump: Callable[[Path, int], None]) -> Path:
     """Runs ``step`` up to --steps; returns the run's folder. Raises FloatingPointError, and SystemExit after Ctrl-C.
 
     The host reads numbers back once every --log-every steps: their means, so that a non-finite value at any step
-    shows. Only after that look are rows, pictures and checkpoints written, by rank 0.
+    shows. Only after that look does rank 0 write a row, with what ``measure`` adds, pictures and checkpoints.
     """
     rank, world = ranks()
     if args.resume:
@@ -374,7 +395,7 @@ def loop(args: argparse.Namespace, state: dict, device: torch.device, step: Call
     elif rank == 0:
         args.out = args.out or str(new_folder(Path("runs", SCRIPT)))
     folder, first = Path(args.out or ""), int(state["step"])
-    config = {name: value for name, value in vars(args).items() if name not in ACTIONS}
+    config = {name: value for name, value in vars(args).items() if name not in ACTIONS | {"checkpoint"}}
     table = folder / "metrics.csv"
     if rank == 0:
         print(f"{SCRIPT}: {folder}, step {first} to {args.steps}, {device}, {world} rank(s)", flush=True)
@@ -387,41 +408,42 @@ def loop(args: argparse.Namespace, state: dict, device: torch.device, step: Call
             header, *rows = table.read_text().splitlines(True)
             rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) <= first]
             table.write_text(header + "".join(rows))
-    stops: list[int] = []
-    handlers = {kind: signal.signal(kind, lambda *_: stops.append(1)) for kind in (signal.SIGINT, signal.SIGTERM)}
     run = iter(step, None) if args.no_graph or device.type != "cuda" else replays(step)
     sums, last, clock = 0, first, time.perf_counter()
-    for now in range(first + 1, args.steps + 1):
-        refill()
-        values = next(run)
-        sums = sums + torch.stack(list(values.values()))
-        if now % args.log_every and now < args.steps:
-            continue
-        row = dict(zip(values, (sums / (now - last)).tolist()))
-        text = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-        if not all(map(math.isfinite, row.values())):
-            raise FloatingPointError(f"step {now}: {text}; the last good checkpoint is {folder / 'checkpoint.pt'}")
-        stop = bool(average([torch.tensor(float(len(stops)), device=device)])[0])  # all ranks stop at one step
-        state["step"].fill_(now)
-        if rank == 0:
-            row |= measure()
-            seconds = time.perf_counter() - clock
-            with open(table, "a") as file:
-                if file.tell() == 0:
-                    print("step", *row, "seconds", sep=",", file=file)
-                print(now, *(f"{value:.6g}" for value in row.values()), f"{seconds:.1f}", sep=",", file=file)
-            pace = (now - first) / seconds
-            print(f"{now}/{args.steps}  {text}  {pace:.1f} steps/s  {(args.steps - now) / pace:.0f} s left", flush=True)
-            due = lambda every: now // every > last // every or now == args.steps or stop
-            if due(args.sample_every):
-                dump(folder, now)
-            if due(args.save_every):
-                save(folder, state, config)
-        if stop:
-            raise SystemExit(f"stopped at step {now}; to go on: python {SCRIPT}.py --resume --out {folder}")
-        sums, last = 0, now
-    for kind, handler in handlers.items():
-        signal.signal(kind, handler)
+    with interruptible() as stops:
+        for now in range(first + 1, args.steps + 1):
+            refill()
+            values = next(run)
+            sums = sums + torch.stack(list(values.values()))
+            if now % args.log_every and now < args.steps:
+                continue
+            row = dict(zip(values, (sums / (now - last)).tolist()))
+            text = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+            if not all(map(math.isfinite, row.values())):
+                raise FloatingPointError(f"step {now}: {text}; the last good checkpoint is {folder / 'checkpoint.pt'}")
+            stop = bool(average([torch.tensor(float(len(stops)), device=device)])[0])  # all ranks stop at one step
+            state["step"].fill_(now)
+            if rank == 0:
+                row |= measure(row)
+                seconds = time.perf_counter() - clock
+                with open(table, "a") as file:
+                    if file.tell() == 0:
+                        print("step", *row, "seconds", sep=",", file=file)
+                    print(now, *(f"{value:.6g}" for value in row.values()), f"{seconds:.1f}", sep=",", file=file)
+                pace = (now - first) / seconds
+                left = (args.steps - now) / pace
+                print(f"{now}/{args.steps}  {text}  {pace:.1f} steps/s  {left:.0f} s left", flush=True)
+                due = lambda every: now // every > last // every or now == args.steps or stop
+                if due(args.sample_every):
+                    dump(folder, now)
+                if due(args.save_every):
+                    save(folder, state, config)
+            if stop:
+                message = f"stopped at step {now}; to go on: python {SCRIPT}.py --resume --out {folder}"
+                raise SystemExit(message if rank == 0 else 1)
+            sums, last = 0, now
+    if world > 1:
+        dist.barrier()  # ranks leave together: gloo may abort one that goes first
     return folder
 
 
@@ -483,7 +505,7 @@ def train(args: argparse.Namespace) -> Path:
     shown = common.normalise(images[torch.linspace(0, len(images) - 1, 256).long()].to(device))
 
     @torch.no_grad()
-    def measure() -> dict[str, float]:
+    def measure(row: dict[str, float]) -> dict[str, float]:
         fake = generator(fixed_z)
         return dict(swd=common.sliced_wasserstein(fake, shown), diversity=common.diversity_ratio(fake, shown))
 

@@ -487,7 +487,7 @@ def test_failed_download(tmp_path: Path, monkeypatch, source: str, name: str) ->
 
 @pytest.mark.parametrize("source, channels", [("digits", 1), ("faces", 3), ("fish", 3)])
 def test_drawn(tmp_path: Path, monkeypatch, source: str, channels: int) -> None:
-    assert common.DRAWN_COUNT == 8_000
+    assert common.DRAWN_COUNT == 6_000
     monkeypatch.setattr(common, "DRAWN_COUNT", 300)
     images, labels = load_images(source, 32, None, str(tmp_path)), load_labels(source, str(tmp_path))
     assert images.shape == (300, channels, 32, 32) and labels.shape == (300,) and labels.dtype == torch.int64
