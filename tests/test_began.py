@@ -144,7 +144,8 @@ def test_training_is_the_textbooks_though_d_sees_each_batch_once(data_flags, pic
 
 
 def test_carry_reaches_zero_after_the_residual_steps(data_flags, tmp_path):
-    began.main([*TINY["began"], *data_flags["began"], "--residual-steps", "4", "--keep", "--out", str(tmp_path / "run")])
+    flags = [*TINY["began"], *data_flags["began"], "--keep", "--out", str(tmp_path / "run")]
+    began.main([*flags, "--residual-steps", "4"])
     carries = [load(tmp_path / f"run/checkpoint-{step:06d}.pt")["state"]["discriminator"]["decoder.carry"].item()
                for step in (0, 2, 6)]
     assert carries == pytest.approx([1, 0.5, 0])

@@ -14,7 +14,9 @@ from conftest import ENVIRONMENT, SCRIPTS, command, load, module, rows, run, sam
 from PIL import Image
 
 FLAG_OF_A_PAPER = {"began": ("--gamma", "0.7")}
-BAD_FLAGS = {"began": [("--gamma", "1.5"), ("--gamma", "nan"), ("--lambda-k", "x"), ("--image-size", "48"), ("--eta", "3")]}
+BAD_FLAGS = {
+    "began": [("--gamma", "1.5"), ("--gamma", "nan"), ("--lambda-k", "x"), ("--image-size", "48"), ("--eta", "3")],
+}
 IMAGES = [script for script in SCRIPTS if script != "unrolled_gan"]
 
 
@@ -64,7 +66,8 @@ def test_files_of_a_run(script, finished):
 def test_the_same_command_takes_the_next_folder(script, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for count in (1, 2):
-        assert module(script).train(module(script).parse_arguments([*flags, "--steps", "1"])).name == f"{script}-00{count}"
+        folder = module(script).train(module(script).parse_arguments([*flags, "--steps", "1"]))
+        assert folder.name == f"{script}-00{count}"
 
 
 def test_resume_ends_to_the_bit_where_one_run_ends(script, flags, tmp_path):
@@ -172,7 +175,8 @@ def test_two_ranks_equal_one(script, flags, tmp_path):
     module(script).main([*ten, "--out", str(tmp_path / "one")])
     assert close(load(tmp_path / "one/checkpoint.pt"), load(tmp_path / "two/checkpoint.pt"), 1e-5)
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert [float(cell) for cell in two.values()] == pytest.approx([float(c) for c in one.values()], rel=1e-3, abs=1e-5)
+        one, two = ([float(cell) for cell in row.values()] for row in (one, two))
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
     assert not close(load(tmp_path / "one/checkpoint.pt"), torch_zero(load(tmp_path / "two/checkpoint.pt")), 1e-5)
 
 
@@ -248,7 +252,8 @@ def test_bad_flags_are_named_with_what_is_accepted(script, flags, tmp_path, caps
            ("--seed", "-1"), ("--device", "tpu"), ("--precision", "fp8"), ("--log-every", "0"), ("--sample", "0")]
     for flag, value in bad + BAD_FLAGS[script]:
         message = fails(capsys, script, *flags, flag, value)
-        assert f"argument {flag}" in message and value in message and re.search("from .* to|choose from", message), message
+        assert f"argument {flag}" in message and value in message, message
+        assert re.search("from .* to|choose from", message), message
     assert "unrecognized arguments: --no-such" in fails(capsys, script, "--no-such")
     if not torch.cuda.is_available():
         assert "--device cuda: this machine has none" in fails(capsys, script, *flags, "--device", "cuda")
@@ -267,7 +272,9 @@ def test_bad_checkpoints(script, finished, tmp_path, capsys, monkeypatch):
     assert "half.pt is not a checkpoint" in fails(capsys, script, "--resume", "--checkpoint", "half.pt")
     content = load(finished[script][0] / "checkpoint.pt") | {"script": "other"}
     torch.save(content, tmp_path / "other.pt")
-    assert f"other.pt is not a checkpoint of {script}.py" in fails(capsys, script, "--resume", "--checkpoint", "other.pt")
+    message = fails(capsys, script, "--resume", "--checkpoint", "other.pt")
+    assert f"other.pt is not a checkpoint of {script}.py" in message
+    assert "--checkpoint: goes with" in fails(capsys, script, "--checkpoint", "half.pt")
 
 
 def test_out_that_holds_something_is_refused(script, flags, finished, capsys):
