@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=number(int, 1), default=4000, help="generator updates of the whole run")
     add("--lr", type=number(float, 1e-9, 1), default=4e-4, help="Adam's first learning rate, both networks")
     add("--lr-min", type=number(float, 0, 1), default=2e-5, help="floor under the halving of the rate")
-    add("--lr-patience", type=number(int, 1), default=500, help="steps without a better M until the rate halves")
+    add("--lr-patience", type=number(int, 1), default=250, help="steps without a better M until the rate halves")
     add("--gamma", type=number(float, 0, 1), default=0.5, help="diversity ratio L(G(z)) / L(x); paper: 0.3 to 0.7")
     add("--lambda-k", type=number(float, 0, 1), default=0.2, help="rate of k_t; paper: 0.001, for long runs")
     add("--eta", type=int, choices=(1, 2), default=2, help="norm of the reconstruction loss")
