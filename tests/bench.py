@@ -1,0 +1,179 @@
+"""Times our training steps against the textbook way to train the same networks, alternately in one process.
+
+    python tests/bench.py                        # every script, on the device at hand
+    python tests/bench.py began --json out.json
+
+Prints, for every script: images and steps a second of our step, of our step without a CUDA graph, and of the textbook
+step; their ratios (medians over alternating rounds, with the range); and the share of the machine's measured
+matrix-product rate that our step's floating-point operations reach.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import began
+
+ROUNDS = 7
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """The best floating-point operations a second of a square matrix product."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        synchronize(device)
+        begun = time.perf_counter()
+        a @ b
+        synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(times)
+
+
+class PlainUpConv(began.UpConv):
+    """Up-sampling, then the convolution at the full size."""
+
+    def forward(self, x):
+        return F.elu(F.conv2d(F.interpolate(x, scale_factor=2), self.weight, self.bias, padding=1))
+
+
+def textbook(network: torch.nn.Module) -> torch.nn.Module:
+    """The same network laid out NCHW, with every up-sampling carried out."""
+    for layer in network.modules():
+        if type(layer).__name__ == "UpConv":
+            layer.__class__ = PlainUpConv
+    return network.to(memory_format=torch.contiguous_format)
+
+
+def began_textbook(args, images, device):
+    """BEGAN as it is usually written: a DataLoader, three passes of D a step, .item() in every step."""
+    generator, discriminator = (textbook(began.build(kind, vars(args))).to(device)
+                                for kind in (began.Generator, began.Discriminator))
+    g_adam, d_adam = (torch.optim.Adam(network.parameters(), lr=args.lr, betas=(0.5, 0.999))
+                      for network in (generator, discriminator))
+    data = torch.utils.data.TensorDataset(images.float() / 127.5 - 1)
+    loader = torch.utils.data.DataLoader(data, args.batch_size, shuffle=True, drop_last=True)
+    batches, k = iter(loader), 0.0
+
+    def step():
+        nonlocal k, batches
+        try:
+            (real,) = next(batches)
+        except StopIteration:
+            batches = iter(loader)
+            (real,) = next(batches)
+        real = real.to(device)
+        fake = generator(torch.rand(args.batch_size, args.latent, device=device) * 2 - 1)
+        g_adam.zero_grad()
+        began.reconstruction_loss(fake, discriminator(fake), args.eta).backward()  # leaves gradients in D as well
+        g_adam.step()
+        d_adam.zero_grad()
+        real_loss = began.reconstruction_loss(real, discriminator(real), args.eta)
+        fake_loss = began.reconstruction_loss(fake.detach(), discriminator(fake.detach()), args.eta)
+        (real_loss - k * fake_loss).backward()
+        d_adam.step()
+        k = min(max(k + args.lambda_k * (args.gamma * real_loss.item() - fake_loss.item()), 0), 1)
+
+    return step
+
+
+BENCHES = {"began": (began, began_textbook, [])}
+
+
+class Stop(Exception):
+    """Leaves ``train`` with the step in hand."""
+
+
+def our_step(module, args, images):
+    """The step that ``train`` hands to the loop, for the default settings."""
+    taken = {}
+
+    def take(_args, _state, _device, step, refill, *_):
+        taken.update(step=step, refill=refill)
+        raise Stop
+
+    loop, load, module.loop, module.common.load_images = module.loop, module.common.load_images, take, lambda *_, **__: images
+    try:
+        module.train(args)
+    except Stop:
+        pass
+    finally:
+        module.loop, module.common.load_images = loop, load
+    return taken["step"], taken["refill"]
+
+
+def bench(name: str, device: torch.device, seconds: float, extra: list[str]) -> dict:
+    module, make_textbook, flags = BENCHES[name]
+    args = module.parse_arguments([*flags, *extra, "--device", device.type])
+    images = torch.randint(256, (2048, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    step, refill = our_step(module, args, images)
+    contestants = {"ours": iter(step, None)} if device.type == "cpu" else {
+        "ours": module.replays(step), "eager": iter(our_step(module, args, images)[0], None)}
+    contestants["textbook"] = iter(make_textbook(args, images, device), False)
+    for run in contestants.values():
+        for _ in range(5):
+            next(run)
+    times = {name: [] for name in contestants}
+    for _ in range(ROUNDS):
+        for name_, run in contestants.items():
+            synchronize(device)
+            begun, count = time.perf_counter(), 0
+            while time.perf_counter() - begun < seconds / ROUNDS / len(contestants):
+                refill()
+                next(run)
+                synchronize(device)
+                count += 1
+            times[name_].append((time.perf_counter() - begun) / count)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    ours = statistics.median(times["ours"])
+    rate = matrix_rate(device)
+    result = {"script": name, "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "batch_size": args.batch_size, "image_size": args.image_size, "gflop_per_step": counter.get_total_flops() / 1e9,
+              "matrix_gflop_per_s": rate / 1e9, "share_of_matrix_rate": counter.get_total_flops() / ours / rate}
+    for name_, values in times.items():
+        result[f"{name_}_ms"] = 1000 * statistics.median(values)
+        ratios = [value / our for value, our in zip(values, times["ours"])]
+        result[f"{name_}_over_ours"] = [min(ratios), statistics.median(ratios), max(ratios)]
+    result["images_per_s"] = args.batch_size / ours
+    if device.type == "cuda":
+        result["peak_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scripts", nargs="*", default=list(BENCHES), help="which; default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=40, help="time spent on a script")
+    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    options, extra = parser.parse_known_args()
+    results = [bench(name, torch.device(options.device), options.seconds, extra) for name in options.scripts]
+    for result in results:
+        low, middle, high = result["textbook_over_ours"]
+        print(f"{result['script']}: {result['ours_ms']:.1f} ms a step, {result['images_per_s']:.0f} images/s; the textbook "
+              f"{result['textbook_ms']:.1f} ms, {middle:.2f} times ours ({low:.2f} to {high:.2f}); "
+              f"{100 * result['share_of_matrix_rate']:.0f} % of the {result['matrix_gflop_per_s']:.0f} GFLOP/s of a matrix product")
+        if "eager_ms" in result:
+            print(f"  without the CUDA graph: {result['eager_ms']:.1f} ms, {result['eager_over_ours'][1]:.2f} times ours")
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
