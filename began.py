@@ -50,10 +50,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, choices=(16, 32, 64, 128, 256), default=32, help="height and width, pixels")
     add("--hflip", action="store_true", help="mirror every second real image")
     add("--batch-size", type=number(int, 1), default=16, help="images in a batch, over all ranks")
-    add("--steps", type=number(int, 1), default=4000, help="generator updates of the whole run")
+    add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
     add("--lr", type=number(float, 1e-9, 1), default=4e-4, help="Adam's first learning rate, both networks")
     add("--lr-min", type=number(float, 0, 1), default=2e-5, help="floor under the halving of the rate")
-    add("--lr-patience", type=number(int, 1), default=250, help="steps without a better M until the rate halves")
+    add("--lr-patience", type=number(int, 1), default=200, help="steps without a better M until the rate halves")
     add("--gamma", type=number(float, 0, 1), default=0.5, help="diversity ratio L(G(z)) / L(x); paper: 0.3 to 0.7")
     add("--lambda-k", type=number(float, 0, 1), default=0.2, help="rate of k_t; paper: 0.001, for long runs")
     add("--eta", type=int, choices=(1, 2), default=2, help="norm of the reconstruction loss")
@@ -110,11 +110,12 @@ class UpConv(nn.Conv2d):
 
 
 class Generator(nn.Module):
-    """Latent [N, latent] to images [N, channels, size, size], nominally in [-1, 1]; also D's decoder.
+    """Latent [N, latent] to images [N, channels, size, size] in [-1, 1]; also D's decoder.
 
     A linear layer to h0 [N, width, 8, 8], then two convolutions at every resolution. ``skip`` concatenates h0,
     up-sampled, after every up-sampling (here before it: the two commute). ``residual`` gives successive layers of
-    one size a vanishing residual, whose weight is the buffer ``carry``.
+    one size a vanishing residual, whose weight is the buffer ``carry``. The paper does not say how images end: here by
+    tanh, since without a bound D may drive the error of the fakes, which it wants large, to any height.
     """
 
     def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = False, residual: bool = False):
@@ -133,7 +134,7 @@ class Generator(nn.Module):
         for up, conv in zip(self.up, self.conv[2:]):
             x = torch.cat([x, F.interpolate(h0, size=x.shape[2:])], dim=1) if self.skip else x
             x = conv(up(x), self.carry)
-        return self.last(x)
+        return self.last(x).tanh()
 
 
 class Discriminator(nn.Module):
