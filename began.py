@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
     add("--lr", type=number(float, 1e-9, 1), default=4e-4, help="Adam's first learning rate, both networks")
     add("--lr-min", type=number(float, 0, 1), default=2e-5, help="floor under the halving of the rate")
-    add("--lr-patience", type=number(int, 1), default=200, help="steps without a better M until the rate halves")
+    add("--lr-patience", type=number(int, 1), default=150, help="steps without a better M until the rate halves")
     add("--gamma", type=number(float, 0, 1), default=0.5, help="diversity ratio L(G(z)) / L(x); paper: 0.3 to 0.7")
     add("--lambda-k", type=number(float, 0, 1), default=0.2, help="rate of k_t; paper: 0.001, for long runs")
     add("--eta", type=int, choices=(1, 2), default=2, help="norm of the reconstruction loss")
@@ -89,7 +89,7 @@ class Conv(nn.Conv2d):
         super().__init__(inputs, outputs, 3, stride, padding=1)
 
     def forward(self, x: Tensor, carry: Tensor | None = None) -> Tensor:
-        y = F.elu(super().forward(x))
+        y = F.elu(super().forward(x), inplace=True)
         return y if carry is None else torch.lerp(y, x, carry)
 
 
@@ -106,7 +106,8 @@ class UpConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = F.pad(self.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
-        return F.elu(F.conv_transpose2d(x, 4 * F.avg_pool2d(kernel, 2, 1), self.bias, stride=2, padding=1))
+        y = F.conv_transpose2d(x, 4 * F.avg_pool2d(kernel, 2, 1), self.bias, stride=2, padding=1)
+        return F.elu(y, inplace=True)
 
 
 class Generator(nn.Module):
@@ -210,7 +211,8 @@ def settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpars
     """The command line's settings; a resumed run's are its saved ones, of which only MAY_CHANGE can be given anew."""
     args = parser.parse_args(argv)
     if args.checkpoint and not any(getattr(args, action, None) for action in ACTIONS):
-        parser.error("argument --checkpoint: goes with " + ", ".join(f"--{action}" for action in sorted(ACTIONS)))
+        choice = ", ".join(f"--{action}" for action in sorted(ACTIONS) if hasattr(args, action))
+        parser.error(f"argument --checkpoint: goes with one of {choice}")
     if not args.resume:
         if args.out and os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
             parser.error(f"argument --out: {args.out} is not empty; name a new folder, or --resume the run in it")
@@ -241,11 +243,10 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
     """A checkpoint's content: script, config, state, random numbers. Raises OSError, or ValueError for other files."""
+    open(path, "rb").close()  # raises OSError where there is no such file
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # whatever a damaged file makes torch raise, OSError among it
         raise ValueError(f"{path} is not a checkpoint that can be read") from error
     if not isinstance(content, dict) or content.get("script") != SCRIPT:
         raise ValueError(f"{path} is not a checkpoint of {SCRIPT}.py")
@@ -315,7 +316,8 @@ def update(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> Non
     """One step of the optimiser by these gradients, averaged over the ranks, and by nothing left over from before."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, gradient in zip(parameters, average(gradients), strict=True):
-        parameter.grad = torch.empty_like(parameter).copy_(gradient)  # fused Adam takes one memory layout for granted
+        same = gradient.stride() == parameter.stride()  # fused Adam takes one memory layout for granted
+        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
     optimizer.step()
 
 
@@ -419,9 +421,9 @@ def loop(args: argparse.Namespace, state: dict, device: torch.device, step: Call
             if now % args.log_every and now < args.steps:
                 continue
             row = dict(zip(values, (sums / (now - last)).tolist()))
-            text = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+            show = lambda: "  ".join(f"{name} {value:.4g}" for name, value in row.items())
             if not all(map(math.isfinite, row.values())):
-                raise FloatingPointError(f"step {now}: {text}; the last good checkpoint is {folder / 'checkpoint.pt'}")
+                raise FloatingPointError(f"step {now}: {show()}; the last good checkpoint is {folder}/checkpoint.pt")
             stop = bool(average([torch.tensor(float(len(stops)), device=device)])[0])  # all ranks stop at one step
             state["step"].fill_(now)
             if rank == 0:
@@ -433,7 +435,7 @@ def loop(args: argparse.Namespace, state: dict, device: torch.device, step: Call
                     print(now, *(f"{value:.6g}" for value in row.values()), f"{seconds:.1f}", sep=",", file=file)
                 pace = (now - first) / seconds
                 left = (args.steps - now) / pace
-                print(f"{now}/{args.steps}  {text}  {pace:.1f} steps/s  {left:.0f} s left", flush=True)
+                print(f"{now}/{args.steps}  {show()}  {pace:.1f} steps/s  {left:.0f} s left", flush=True)
                 due = lambda every: now // every > last // every or now == args.steps or stop
                 if due(args.sample_every):
                     dump(folder, now)

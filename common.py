@@ -556,6 +556,31 @@ class Batches:
         return normalise(batch)
 
 
+def augment(images: Tensor, rank: int = 0, world: int = 1, *, rotation: float = 25, shift: tuple = (0.05, 0.1),
+            shear: float = 10, zoom: tuple = (0.95, 1.2), brightness: tuple = (0.8, 1.4), gain: float = 0.4) -> Tensor:
+    """Images [N, C, H, W] in [-1, 1], each turned, shifted, sheared, zoomed, lit and tinted by its own random amounts.
+
+    rotation, shear: up to so many degrees either way; shift: up to these shares of width and height either way.
+    zoom: between these sizes. brightness: factor of all channels, between these. gain: factor of every single channel,
+    drawn from a triangle from 1 - gain to 1 + gain with its peak at 1. Factors act on values from 0 (black) to 1.
+    One bilinear resampling moves the pixels; beyond the edge the picture is mirrored. The draws are those of a batch of
+    N * world images, of which ``rank`` takes its share.
+    """
+    chance = torch.rand(len(images) * world, 6 + 2 * images.shape[1], device=images.device).chunk(world)[rank]
+    turn, lean, size, light, right, down = chance[:, :6].unbind(dim=1)
+    turn, lean = ((2 * u - 1) * math.radians(most) for u, most in ((turn, rotation), (lean, shear)))
+    size, light = (low + (high - low) * u for u, (low, high) in ((size, zoom), (light, brightness)))
+    cos, sin, slope = turn.cos() / size, turn.sin() / size, lean.tan()
+    across, along = ((4 * u - 2) * most for u, most in zip((right, down), shift))  # the frame is 2 wide and 2 high
+    # Where in the picture, from -1 to 1, each pixel of the result is taken from
+    rows = [cos, sin + slope * cos, across, -sin, cos - slope * sin, along]
+    grid = torch.nn.functional.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), images.shape, align_corners=False)
+    moved = torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    tint = 1 + gain * (chance[:, 6:].unflatten(1, (2, -1)).sum(dim=1) - 1)
+    lit = ((moved + 1) * (light[:, None] * tint)[:, :, None, None] - 1).clamp(-1, 1)
+    return lit.contiguous(memory_format=torch.channels_last)
+
+
 # ---- pictures and measures -------------------------------------------------------------------------------------------
 
 BLUES = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))  # ColorBrewer, light to dark

@@ -18,7 +18,13 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 IMAGE = "--image-size 16 --batch-size 4".split()
 COMMON = "--steps 6 --log-every 2 --sample-every 3 --save-every 2 --device cpu".split()
-TINY = {"began": [*IMAGE, *COMMON, "--width", "4", "--latent", "8", "--lambda-k", "0.5"]}
+TINY = {
+    "began": [*IMAGE, *COMMON, "--width", "4", "--latent", "8", "--lambda-k", "0.5"],
+    "ebgan": [*IMAGE, *COMMON, "--g-width", "8", "--d-width", "4", "--latent", "8", "--code", "8"],
+    "unrolled_gan": ["--batch-size", "4", *COMMON, "--width", "8", "--latent", "4", "--unroll-steps", "2"],
+    "wgan_gp": [*IMAGE, *COMMON, "--width", "2", "--latent", "8", "--n-critic", "2",
+                "--lr", "1e-3:1,5e-4~2e-3:2", "--lr-steps", "7"],
+}
 SCRIPTS = sorted(TINY)
 
 
@@ -38,7 +44,7 @@ def pictures(tmp_path_factory) -> Path:
 def data_flags(pictures, tmp_path_factory) -> dict[str, list[str]]:
     """The --data flags that each script's tests train on."""
     folder = ["--data", str(pictures), "--data-root", str(tmp_path_factory.mktemp("data"))]
-    return {script: folder for script in SCRIPTS}
+    return {script: folder for script in SCRIPTS} | {"unrolled_gan": ["--data", "ring"]}
 
 
 @pytest.fixture(params=SCRIPTS)

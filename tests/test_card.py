@@ -10,6 +10,11 @@ from conftest import ROOT, SCRIPTS, module
 PACKAGES = {"torch", "torchvision", "numpy", "PIL"}
 PUBLIC = {
     "began": "reconstruction_loss balance Generator Discriminator load_generator train main",
+    "ebgan": "energy pull_away_term discriminator_loss generator_loss collapse Generator Discriminator load_generator "
+             "train main",
+    "unrolled_gan": "mixture discriminator_loss unrolled_parameters mode_statistics load_generator train main",
+    "wgan_gp": "gradient_penalty critic_loss minibatch_stddev pixel_norm parse_schedule Generator Critic "
+               "load_generator train main",
 }
 
 

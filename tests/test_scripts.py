@@ -1,6 +1,7 @@
 """Every script as a user runs it, with tiny settings: its files, resuming, ranks, interruptions and bad input."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -13,11 +14,19 @@ import torch
 from conftest import ENVIRONMENT, SCRIPTS, command, load, module, rows, run, same_state
 from PIL import Image
 
-FLAG_OF_A_PAPER = {"began": ("--gamma", "0.7")}
+FLAG_OF_A_PAPER = {"began": ("--gamma", "0.7"), "ebgan": ("--margin", "9"),
+                   "unrolled_gan": ("--unroll-steps", "3"), "wgan_gp": ("--gp-weight", "5.0")}
 BAD_FLAGS = {
     "began": [("--gamma", "1.5"), ("--gamma", "nan"), ("--lambda-k", "x"), ("--image-size", "48"), ("--eta", "3")],
+    "ebgan": [("--margin", "-1"), ("--margin", "nan"), ("--pt-weight", "x"), ("--d-steps", "0"), ("--layers", "conv"),
+              ("--image-size", "48")],
+    "unrolled_gan": [("--data", "moon"), ("--prior-std", "-0.1"), ("--unroll-steps", "-1"), ("--activation", "elu"),
+                     ("--g-loss", "hinge"), ("--d-lr", "0"), ("--d-layers", "0"), ("--input-scale", "0")],
+    "wgan_gp": [("--lr", "1e-3:1,1e-4"), ("--lr", "2e-4~1e-4:1"), ("--lr-steps", "0"), ("--n-critic", "0"),
+                ("--dropout", "1"), ("--ema", "1.5"), ("--gp-weight", "-1"), ("--image-size", "48")],
 }
 IMAGES = [script for script in SCRIPTS if script != "unrolled_gan"]
+ONE = ["began"]  # what only the plumbing decides, which is the same text in all four, is shown by one of them
 
 
 def fails(capsys, script: str, *arguments: str) -> str:
@@ -107,12 +116,13 @@ def test_resume_refuses_other_settings_by_name(script, flags, tmp_path, capsys):
     assert (out / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("script", ONE)
 def test_killed_at_any_moment_it_resumes_to_the_same_end(script, flags, finished, tmp_path):
-    """kill -9, again and again, and no checkpoint is ever broken; more moments by tests/kill.py."""
-    steps, rng = ["--steps", "60", "--save-every", "2"], random.Random(1)
+    """kill -9 at GAN_TEST_KILLS random moments, 3 unless set: no checkpoint is ever broken, and nothing is lost."""
+    steps, rng = ["--steps", "300", "--save-every", "2", "--sample-every", "1000"], random.Random()
     module(script).main([*flags, *steps, "--out", str(tmp_path / "whole")])
     arguments = [*flags, *steps, "--out", "killed"]
-    for _ in range(3):
+    for _ in range(int(os.environ.get("GAN_TEST_KILLS", 3))):
         process = subprocess.Popen(command(script, *arguments), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE)
         assert process.stdout.readline()  # it has begun
         while not (tmp_path / "killed/checkpoint.pt").exists():
@@ -127,6 +137,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_end(script, flags, finished
     assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
 
 
+@pytest.mark.parametrize("script", ONE)
 def test_ctrl_c_saves_and_says_how_to_go_on(script, flags, tmp_path):
     arguments = [*flags, "--steps", "100000", "--save-every", "100000", "--out", "run"]
     process = subprocess.Popen(command(script, *arguments), cwd=tmp_path, env=ENVIRONMENT, text=True,
@@ -180,7 +191,7 @@ def test_two_ranks_equal_one(script, flags, tmp_path):
     assert not close(load(tmp_path / "one/checkpoint.pt"), torch_zero(load(tmp_path / "two/checkpoint.pt")), 1e-5)
 
 
-RANKS = {}
+RANKS = {"ebgan": ["--no-batch-norm", "--pt-weight", "5"], "wgan_gp": ["--dropout", "0", "--no-stddev", "--lr", "1e-4"]}
 
 
 def torch_zero(content: dict) -> dict:
@@ -190,6 +201,7 @@ def torch_zero(content: dict) -> dict:
     return content
 
 
+@pytest.mark.parametrize("script", ONE)
 def test_a_killed_rank_ends_the_run_and_leaves_a_checkpoint(script, flags, tmp_path):
     arguments = [*flags, "--steps", "100000", "--out", "run"]
     process = subprocess.Popen(command(script, *arguments, ranks=2), cwd=tmp_path, env=ENVIRONMENT, text=True,
@@ -203,6 +215,7 @@ def test_a_killed_rank_ends_the_run_and_leaves_a_checkpoint(script, flags, tmp_p
     assert int(load(tmp_path / "run/checkpoint.pt")["state"]["step"]) >= 2
 
 
+@pytest.mark.parametrize("script", ONE)
 def test_ranks_must_share_the_batch(script, flags, tmp_path):
     done = run(script, *flags, "--batch-size", "3", cwd=tmp_path, ranks=2)
     assert done.returncode != 0 and "--batch-size 3: accepted are multiples of the 2 ranks" in done.stderr
@@ -249,7 +262,8 @@ def test_interpolate_writes_walks(script, finished, tmp_path):
 def test_bad_flags_are_named_with_what_is_accepted(script, flags, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bad = [("--steps", "0"), ("--steps", "1.5"), ("--lr", "0"), ("--lr", "-1"), ("--lr", "nan"), ("--batch-size", "x"),
-           ("--seed", "-1"), ("--device", "tpu"), ("--precision", "fp8"), ("--log-every", "0"), ("--sample", "0")]
+           ("--seed", "-1"), ("--device", "tpu"), ("--log-every", "0"), ("--sample", "0")]
+    bad += [("--precision", "fp8")] if script in IMAGES else []
     for flag, value in bad + BAD_FLAGS[script]:
         message = fails(capsys, script, *flags, flag, value)
         assert f"argument {flag}" in message and value in message, message
@@ -274,7 +288,7 @@ def test_bad_checkpoints(script, finished, tmp_path, capsys, monkeypatch):
     torch.save(content, tmp_path / "other.pt")
     message = fails(capsys, script, "--resume", "--checkpoint", "other.pt")
     assert f"other.pt is not a checkpoint of {script}.py" in message
-    assert "--checkpoint: goes with" in fails(capsys, script, "--checkpoint", "half.pt")
+    assert "--checkpoint: goes with one of --" in fails(capsys, script, "--checkpoint", "half.pt")
 
 
 def test_out_that_holds_something_is_refused(script, flags, finished, capsys):
@@ -316,4 +330,4 @@ def test_the_same_step_runs_in_bf16_and_with_mirrored_images(script, flags, tmp_
     module(script).main([*flags, "--hflip", "--steps", "2", "--out", str(tmp_path / "fp32")])
     one, two = load(tmp_path / "run/checkpoint.pt"), load(tmp_path / "fp32/checkpoint.pt")
     assert not same_state(one, two)
-    assert all(value.dtype == torch.float32 for value in one["state"]["generator"].values())
+    assert all(value.dtype in (torch.float32, torch.int64) for value in one["state"]["generator"].values())

@@ -1,0 +1,211 @@
+"""EBGAN's equations and networks against loops, hand-computed values and the textbook way to train."""
+
+import math
+
+import common
+import ebgan
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, load, rows
+
+torch.manual_seed(0)
+DOUBLE = dict(dtype=torch.float64)
+
+
+def cosine(one: list[float], two: list[float]) -> float:
+    product = sum(a * b for a, b in zip(one, two))
+    return product / math.sqrt(sum(a * a for a in one)) / math.sqrt(sum(b * b for b in two))
+
+
+def pull_away_by_loops(codes: torch.Tensor) -> float:
+    s = codes.flatten(1).tolist()
+    total = 0.0
+    for i in range(len(s)):
+        for j in range(len(s)):
+            if i != j:
+                total += cosine(s[i], s[j]) ** 2
+    return total / (len(s) * (len(s) - 1))
+
+
+def test_energy_is_one_l2_norm_per_image():
+    images, reconstructions = torch.randn(3, 2, 4, 5, **DOUBLE), torch.randn(3, 2, 4, 5, **DOUBLE)
+    want = []
+    for v, d in zip(images, reconstructions):
+        want.append(math.sqrt(sum((a - b) ** 2 for a, b in zip(v.flatten().tolist(), d.flatten().tolist()))))
+    assert ebgan.energy(images, reconstructions).tolist() == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 2, 2), (2, 1)])
+def test_pull_away_term_is_the_mean_squared_cosine_of_pairs(shape):
+    codes = torch.randn(*shape, **DOUBLE)
+    assert ebgan.pull_away_term(codes).item() == pytest.approx(pull_away_by_loops(codes), rel=1e-12)
+
+
+def test_pull_away_term_of_known_codes():
+    assert ebgan.pull_away_term(torch.randn(1, 6, **DOUBLE).repeat(4, 1)).item() == pytest.approx(1, rel=1e-12)
+    assert ebgan.pull_away_term(torch.eye(5, **DOUBLE) * 3).item() == pytest.approx(0, abs=1e-12)
+    codes, scales = torch.randn(4, 6, **DOUBLE), torch.tensor([[0.01], [-1], [7], [300]], **DOUBLE)
+    assert ebgan.pull_away_term(codes * scales).item() == pytest.approx(ebgan.pull_away_term(codes).item(), rel=1e-12)
+    pair = torch.tensor([[1.0, 0.0], [1.0, 1.0]], **DOUBLE)  # 45 degrees apart
+    assert ebgan.pull_away_term(pair).item() == pytest.approx(0.5, rel=1e-12)
+
+
+def test_discriminator_loss_has_a_hinge_for_each_image():
+    real, fake, margin = torch.rand(4, **DOUBLE) * 9, torch.tensor([2.0, 5.0, 9.0, 20.0], **DOUBLE), 8
+    total = 0.0
+    for x, g in zip(real.tolist(), fake.tolist()):
+        total += x + max(0, margin - g)
+    assert ebgan.discriminator_loss(real, fake, margin).item() == pytest.approx(total / 4, rel=1e-12)
+    assert fake.mean() > margin  # where a hinge on the batch's mean would be 0
+    fake.requires_grad_()
+    gradient, = torch.autograd.grad(ebgan.discriminator_loss(real, fake, margin), fake)
+    assert gradient.tolist() == [-0.25, -0.25, 0, 0]
+
+
+def test_generator_loss_and_its_gradient():
+    fake, codes = (torch.rand(4, **DOUBLE) * 9).requires_grad_(), torch.randn(4, 6, **DOUBLE, requires_grad=True)
+    want = sum(fake.tolist()) / 4 + 0.3 * pull_away_by_loops(codes)
+    assert ebgan.generator_loss(fake, codes, 0.3).item() == pytest.approx(want, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda e, s: ebgan.generator_loss(e, s, 0.3), (fake, codes))
+
+
+def networks(config: dict, **changes) -> tuple[ebgan.Generator, ebgan.Discriminator]:
+    return tuple(ebgan.build(network, config | changes) for network in (ebgan.Generator, ebgan.Discriminator))
+
+
+TINIEST = dict(latent=3, code=4, g_width=4, d_width=2, image_size=16, channels=1, layers="fused", no_batch_norm=False)
+
+
+def test_gradient_of_g_goes_through_both_arguments_of_the_energy(double):
+    torch.manual_seed(1)
+    generator, discriminator = networks(TINIEST)
+    z = torch.randn(5, 3)
+
+    def loss(*parameters):
+        fake = torch.func.functional_call(generator, dict(zip(names, parameters)), (z,))
+        reconstructions, codes = discriminator(fake)
+        return ebgan.generator_loss(ebgan.energy(fake, reconstructions), codes, 0.5)
+
+    names, parameters = zip(*generator.named_parameters())
+    assert torch.autograd.gradcheck(loss, parameters, atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 5), (8, 8)])
+def test_fused_up_convolution_is_up_sampling_then_convolution(height, width):
+    layer = ebgan.UpConv(3, 4).double()
+    x = torch.randn(2, 3, height, width, **DOUBLE, requires_grad=True)
+    want = F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1)
+    got = layer(x)
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(want)
+    for one, two in zip(*(torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()]) for y in (got, want))):
+        assert torch.allclose(one, two, rtol=1e-12, atol=1e-12)
+
+
+def shapes(network: torch.nn.Module, kinds) -> list[tuple]:
+    return [(layer.in_channels, layer.out_channels, *layer.kernel_size, *layer.stride)
+            for layer in network.modules() if isinstance(layer, kinds)]
+
+
+def test_networks_are_the_papers():
+    config = TINIEST | dict(latent=100, g_width=1024, d_width=64, image_size=64, channels=3, layers="paper")
+    generator, discriminator = networks(config)
+    assert generator.first.weight.shape == (1024 * 4 * 4, 100)  # (1024)4c from 1x1
+    widths = [(1024, 512), (512, 256), (256, 128), (128, 3)]
+    assert shapes(generator, torch.nn.ConvTranspose2d) == [(*pair, 4, 4, 2, 2) for pair in widths]
+    assert shapes(discriminator, torch.nn.Conv2d) == [(*pair, 4, 4, 2, 2) for pair in [(3, 64), (64, 128), (128, 256)]]
+    widths = [(256, 128), (128, 64), (64, 3)]
+    assert shapes(discriminator, torch.nn.ConvTranspose2d) == [(*pair, 4, 4, 2, 2) for pair in widths]
+    norms = [[layer.num_features for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+             for network in (generator, discriminator)]
+    assert norms == [[1024, 512, 256, 128], [128, 256, 128, 64]]  # none on G's output, D's input and D's output
+    reconstructions, code = discriminator(torch.zeros(2, 3, 64, 64))
+    assert code.shape == (2, 256, 8, 8) and reconstructions.shape == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("layers", ("fused", "paper"))
+@pytest.mark.parametrize("size", (16, 32, 64, 128))
+def test_networks_of_every_size(size, layers):
+    generator, discriminator = networks(TINIEST, image_size=size, layers=layers)
+    images = generator(torch.randn(2, 3))
+    reconstructions, code = discriminator(images)
+    assert images.shape == reconstructions.shape == (2, 1, size, size) and images.abs().max() <= 1
+    assert layers == "paper" or code.shape == (2, 4)
+    assert not [m for n in networks(TINIEST, no_batch_norm=True) for m in n.modules() if "BatchNorm" in str(type(m))]
+
+
+def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
+    """Plain EBGAN from a checkpoint on: G's loss backward through D, then D on the same images, cut off from G.
+
+    Of several updates of each network, the first of G and the first of D take the same z, and so on.
+    """
+    config = before["config"]
+    generator, discriminator = networks(config)
+    generator.load_state_dict(before["state"]["generator"])
+    discriminator.load_state_dict(before["state"]["discriminator"])
+    g_adam, d_adam = (torch.optim.Adam(n.parameters(), lr=config["lr"], betas=(0.5, 0.999))
+                      for n in (generator, discriminator))
+    torch.set_rng_state(before["rng"])
+    for _ in range(steps):
+        for turn in range(max(config["d_steps"], config["g_steps"])):
+            fake = generator(torch.rand(config["batch_size"], config["latent"]) * 2 - 1)
+            if turn < config["g_steps"]:
+                reconstructions, codes = discriminator(fake)
+                norms = (fake - reconstructions).square().sum((1, 2, 3)).sqrt()
+                cosines = F.cosine_similarity(codes[:, None], codes[None], dim=2)
+                pairs = cosines.square()[~torch.eye(len(codes), dtype=torch.bool)]
+                g_adam.zero_grad()
+                (norms.mean() + config["pt_weight"] * pairs.mean()).backward()
+            if turn < config["d_steps"]:
+                real = images[torch.randint(len(images), (config["batch_size"],))] / 127.5 - 1
+                one, two = ((v - discriminator(v)[0]).square().sum((1, 2, 3)).sqrt() for v in (real, fake.detach()))
+                d_adam.zero_grad()  # away with what G's loss has left there
+                (one.mean() + F.relu(config["margin"] - two).mean()).backward()
+                d_adam.step()
+            if turn < config["g_steps"]:
+                g_adam.step()
+    return {**{f"g/{n}": p for n, p in generator.named_parameters()},
+            **{f"d/{n}": p for n, p in discriminator.named_parameters()}}
+
+
+@pytest.mark.parametrize("turns", ("1 1", "1 3", "2 1"))
+def test_training_is_the_textbooks_though_d_sees_each_batch_once(turns, data_flags, pictures, tmp_path, double):
+    """So no gradient of the pull-away term, here with a great weight, reaches D, and none of the hinge G."""
+    out, (d_steps, g_steps) = tmp_path / "run", turns.split()
+    extra = ["--pt-weight", "5", "--margin", "12", "--d-steps", d_steps, "--g-steps", g_steps, "--keep"]
+    ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], *extra, "--out", str(out)])
+    before, after = load(out / "checkpoint-000000.pt"), load(out / "checkpoint-000006.pt")["state"]
+    images = common.load_images(str(pictures), 16, root=before["config"]["data_root"])
+    energies = {float(row["energy_fake"]) + float(row["loss_d"]) - float(row["energy_real"]) for row in rows(out)}
+    assert min(energies) > 12.01  # some images are above the margin and others below it
+    for name, value in textbook_steps(before, images, 6).items():
+        got = after["generator" if name[0] == "g" else "discriminator"][name[2:]]
+        assert torch.allclose(got, value, rtol=0, atol=1e-7), name
+
+
+def test_columns_agree_with_each_other(data_flags, tmp_path):
+    flags = [*TINY["ebgan"], *data_flags["ebgan"], "--log-every", "1", "--pt-weight", "0.5", "--margin", "100"]
+    ebgan.main([*flags, "--out", str(tmp_path / "run")])
+    for row in rows(tmp_path / "run"):
+        row = {name: float(cell) for name, cell in row.items()}
+        assert row["loss_d"] == pytest.approx(row["energy_real"] + 100 - row["energy_fake"], rel=1e-4)
+        assert row["loss_g"] == pytest.approx(row["energy_fake"] + 0.5 * row["pull_away"], rel=1e-4)
+
+
+def test_margin_grows_with_the_image(data_flags, tmp_path):
+    ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], "--steps", "2", "--out", str(tmp_path / "run")])
+    assert load(tmp_path / "run/checkpoint.pt")["config"]["margin"] == pytest.approx(math.sqrt(3 * 16 * 16) / 4)
+
+
+@pytest.mark.parametrize("network", ("Generator", "Discriminator"))
+def test_pictures_are_made_in_eval_mode(network, data_flags, tmp_path, monkeypatch):
+    forward, seen = getattr(ebgan, network).forward, set()
+
+    def watched(self, x):
+        seen.add((self.training, torch.is_grad_enabled()))
+        return forward(self, x)
+
+    monkeypatch.setattr(getattr(ebgan, network), "forward", watched)
+    ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], "--steps", "2", "--out", str(tmp_path / "run")])
+    assert seen == {(True, True), (False, False)}
