@@ -62,23 +62,38 @@ def textbook(network: torch.nn.Module) -> torch.nn.Module:
     return network.to(memory_format=torch.contiguous_format)
 
 
+class Pictures(torch.utils.data.Dataset):
+    """Pictures in memory, converted one by one as torchvision's examples do."""
+
+    def __init__(self, images):
+        from torchvision import transforms
+
+        self.pictures = [transforms.functional.to_pil_image(image) for image in images]
+        self.convert = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, index):
+        return self.convert(self.pictures[index])
+
+
 def began_textbook(args, images, device):
     """BEGAN as it is usually written: a DataLoader, three passes of D a step, .item() in every step."""
     generator, discriminator = (textbook(began.build(kind, vars(args))).to(device)
                                 for kind in (began.Generator, began.Discriminator))
     g_adam, d_adam = (torch.optim.Adam(network.parameters(), lr=args.lr, betas=(0.5, 0.999))
                       for network in (generator, discriminator))
-    data = torch.utils.data.TensorDataset(images.float() / 127.5 - 1)
-    loader = torch.utils.data.DataLoader(data, args.batch_size, shuffle=True, drop_last=True)
+    loader = torch.utils.data.DataLoader(Pictures(images), args.batch_size, shuffle=True, drop_last=True)
     batches, k = iter(loader), 0.0
 
     def step():
         nonlocal k, batches
         try:
-            (real,) = next(batches)
+            real = next(batches)
         except StopIteration:
             batches = iter(loader)
-            (real,) = next(batches)
+            real = next(batches)
         real = real.to(device)
         fake = generator(torch.rand(args.batch_size, args.latent, device=device) * 2 - 1)
         g_adam.zero_grad()

@@ -65,7 +65,7 @@ def test_help_names_at_most_32_flags(script, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert text.count("\n  --") <= 32
-    assert "(default: 0.001)" in " ".join(text.split())  # defaults are shown
+    assert "seed of weights, batches and noise (default: 0)" in " ".join(text.split())
 
 
 def block(script: str) -> str:
