@@ -570,8 +570,9 @@ def interpolate(args: argparse.Namespace) -> Path:
 def embed(args: argparse.Namespace) -> Path:
     """--embed FOLDER: z of least |x - G(z)| for its first 16 pictures and their mirror images, by Adam; then walks."""
     generator, config, device, folder = opened(args, "embed")
-    pictures = common.load_images(args.embed, config["image_size"], config["channels"], args.data_root)[:16]
-    real = common.normalise(pictures.to(device))
+    source = os.path.join(args.embed, "")  # a folder, even where its name is a data set's
+    pictures = common.load_images(source, config["image_size"], config["channels"], args.data_root)
+    real = common.normalise(pictures[:16].to(device))
     targets = torch.cat([real, real.flip(3)])
     z = torch.zeros(len(targets), config["latent"], device=device, requires_grad=True)
     optimizer = torch.optim.Adam([z], lr=0.03)

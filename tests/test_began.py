@@ -1,6 +1,7 @@
 """BEGAN's equations and networks against loops, hand-computed values and the textbook way to train."""
 
 import math
+import re
 
 import began
 import common
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, load, rows
+from PIL import Image
 
 torch.manual_seed(0)
 DOUBLE = dict(dtype=torch.float64)
@@ -157,3 +159,22 @@ def test_columns_agree_with_each_other(data_flags, tmp_path):
         row = {name: float(cell) for name, cell in row.items()}
         assert row["ratio"] == pytest.approx(row["loss_fake"] / row["loss_real"], rel=1e-4)
         assert row["m"] == pytest.approx(row["loss_real"] + abs(0.5 * row["loss_real"] - row["loss_fake"]), rel=1e-4)
+
+
+def test_embed_finds_pictures_and_walks_between_them(data_flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data-root", str(tmp_path / "data")]
+    began.main([*TINY["began"], *data_flags["began"], *flags, "--out", "run"])
+    generator, config = began.load_generator("run/checkpoint.pt")
+    z = began.uniform(3, config["latent"])
+    common.save_pngs(generator(z), "faces")  # a folder, though a data set has the name
+    began.main([*flags, "--checkpoint", "run/checkpoint.pt", "--embed", "faces", "--out", "embedded"])
+    error = float(re.search(r"\| = ([\d.]+)", capsys.readouterr().out)[1])
+    targets = torch.cat([generator(z), generator(z).flip(3)])
+    nothing = (generator(torch.zeros(6, config["latent"])) - targets).abs().mean().item()
+    assert error < 0.7 * nothing  # half of the pictures are G's own, the mirror images are not
+    for name in ("pairs", "mirrors"):
+        with Image.open(f"embedded/{name}.png") as image:
+            first = image.crop((2, 2, 2 + 16 * 4, 2 + 16 * 4)).resize((16, 16), Image.Resampling.NEAREST)
+            assert first.tobytes() == Image.open("faces/00000.png").tobytes()
+            assert round(image.width / image.height) == 3  # ten columns, three rows
