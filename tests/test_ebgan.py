@@ -172,13 +172,14 @@ def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, 
 @pytest.mark.parametrize("turns", ("1 1", "1 3", "2 1"))
 def test_training_is_the_textbooks_though_d_sees_each_batch_once(turns, data_flags, pictures, tmp_path, double):
     """So no gradient of the pull-away term, here with a great weight, reaches D, and none of the hinge G."""
-    out, (d_steps, g_steps) = tmp_path / "run", turns.split()
-    extra = ["--pt-weight", "5", "--margin", "12", "--d-steps", d_steps, "--g-steps", g_steps, "--keep"]
+    out, margin, (d_steps, g_steps) = tmp_path / "run", 12, turns.split()
+    extra = ["--pt-weight", "5", "--margin", str(margin), "--d-steps", d_steps, "--g-steps", g_steps, "--keep"]
     ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], *extra, "--out", str(out)])
     before, after = load(out / "checkpoint-000000.pt"), load(out / "checkpoint-000006.pt")["state"]
     images = common.load_images(str(pictures), 16, root=before["config"]["data_root"])
-    energies = {float(row["energy_fake"]) + float(row["loss_d"]) - float(row["energy_real"]) for row in rows(out)}
-    assert min(energies) > 12.01  # some images are above the margin and others below it
+    hinges = [float(row["loss_d"]) - float(row["energy_real"]) for row in rows(out)]
+    fakes = [float(row["energy_fake"]) for row in rows(out)]
+    assert min(hinges) > 0.01 and max(map(sum, zip(fakes, hinges))) > margin + 0.01  # some inside it, others beyond
     for name, value in textbook_steps(before, images, 6).items():
         got = after["generator" if name[0] == "g" else "discriminator"][name[2:]]
         assert torch.allclose(got, value, rtol=0, atol=1e-7), name
@@ -191,6 +192,48 @@ def test_columns_agree_with_each_other(data_flags, tmp_path):
         row = {name: float(cell) for name, cell in row.items()}
         assert row["loss_d"] == pytest.approx(row["energy_real"] + 100 - row["energy_fake"], rel=1e-4)
         assert row["loss_g"] == pytest.approx(row["energy_fake"] + 0.5 * row["pull_away"], rel=1e-4)
+
+
+HEALTHY = [  # energy_real, energy_fake, diversity of the default run, a row every 50 steps
+    (12.90, 10.66, 0.61), (9.21, 9.15, 0.72), (8.22, 8.81, 0.84), (7.78, 8.78, 0.90), (7.32, 8.47, 0.86),
+    (7.14, 8.43, 0.96), (6.93, 8.39, 0.98), (6.78, 8.35, 0.90), (6.62, 8.24, 0.98), (6.56, 8.25, 0.98),
+    (6.48, 8.26, 0.96), (6.33, 8.21, 0.96), (6.27, 8.23, 0.94), (6.25, 8.21, 1.01), (6.21, 8.18, 0.95)]
+
+
+def first_warning(table: list[tuple[float, float, float]]) -> tuple[int | None, str]:
+    """The number of the first row that collapse() warns at, and the warning."""
+    table = [dict(zip(("energy_real", "energy_fake", "diversity"), row)) for row in table]
+    warnings = [(index, ebgan.collapse(table[:index + 1])) for index in range(len(table))]
+    return next((warning for warning in warnings if warning[1]), (None, ""))
+
+
+def test_no_warning_of_a_collapse_in_a_healthy_run():
+    assert first_warning(HEALTHY) == (None, "")
+    begin = [(15, 8, 0.1), (14, 7, 0.05), (14, 8, 0.2)]  # as an untrained network may be
+    assert first_warning(begin + HEALTHY) == (None, "")
+
+
+@pytest.mark.parametrize("after, sign", [
+    ([(6.2, 8.1, 0.50), (6.2, 8.0, 0.01)], "one image"),
+    ([(6.2, 8.1, 0.02), (6.2, 8.0, 0.02)], "one image"),  # at once
+    ([(9.0, 8.0, 0.9), (12.0, 5.0, 0.9)], "better than real"),
+    ([(12.0, 16.0, 0.9), (13.0, 18.0, 0.9)], "no longer reconstructs"),  # of the default run, 6.2 and 8.2
+])
+def test_a_collapse_is_named_within_two_rows(after, sign):
+    index, text = first_warning(HEALTHY + after)
+    assert index in (len(HEALTHY), len(HEALTHY) + 1) and sign in text and "try a" in text
+
+
+def test_a_run_that_never_leaves_its_first_image_is_named():
+    index, text = first_warning([(9.0, 8.5, 0.1)] * 20)
+    assert index == 10 and "one image" in text
+
+
+def test_the_warning_comes_once_and_before_the_next_row(data_flags, tmp_path, monkeypatch, capsys):
+    values = iter([0.9, 0.9, 0.1, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(common, "diversity_ratio", lambda *_: next(values))
+    ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], "--log-every", "1", "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().err.count("ebgan: warning: the samples are becoming one image") == 1
 
 
 def test_margin_grows_with_the_image(data_flags, tmp_path):

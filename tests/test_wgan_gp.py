@@ -134,8 +134,12 @@ def test_networks(size):
 
 def test_the_recipes_items_are_in_the_networks_and_can_be_left_out():
     images, z = torch.randn(6, 3, 16, 16), torch.randn(6, 5)
-    critic = wgan_gp.Critic(4, 16, 3, dropout=0.5)
+    critic, dropped = wgan_gp.Critic(4, 16, 3, dropout=0.5), []
     assert not torch.equal(critic(images), critic(images))
+    for layer in (critic.down["8"], critic.last):
+        layer.register_forward_pre_hook(lambda _, x: dropped.append((x[0].flatten(1)[:, :256] == 0).double().mean()))
+    critic(images)
+    assert len(dropped) == 2 and all(0.45 < share < 0.55 for share in dropped)
     assert torch.equal(critic.eval()(images), critic(images))
     assert not torch.allclose(critic(images)[:2], critic(images[:2]))  # the rest of the batch counts
     critic = wgan_gp.Critic(4, 16, 3, dropout=0, stddev=False)
