@@ -172,7 +172,7 @@ def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, 
 @pytest.mark.parametrize("turns", ("1 1", "1 3", "2 1"))
 def test_training_is_the_textbooks_though_d_sees_each_batch_once(turns, data_flags, pictures, tmp_path, double):
     """So no gradient of the pull-away term, here with a great weight, reaches D, and none of the hinge G."""
-    out, margin, (d_steps, g_steps) = tmp_path / "run", 12, turns.split()
+    out, margin, (d_steps, g_steps) = tmp_path / "run", 15.5, turns.split()
     extra = ["--pt-weight", "5", "--margin", str(margin), "--d-steps", d_steps, "--g-steps", g_steps, "--keep"]
     ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], *extra, "--out", str(out)])
     before, after = load(out / "checkpoint-000000.pt"), load(out / "checkpoint-000006.pt")["state"]
