@@ -1,5 +1,6 @@
 """EBGAN's equations and networks against loops, hand-computed values and the textbook way to train."""
 
+import functools
 import math
 
 import common
@@ -234,6 +235,16 @@ def test_the_warning_comes_once_and_before_the_next_row(data_flags, tmp_path, mo
     monkeypatch.setattr(common, "diversity_ratio", lambda *_: next(values))
     ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], "--log-every", "1", "--out", str(tmp_path / "run")])
     assert capsys.readouterr().err.count("ebgan: warning: the samples are becoming one image") == 1
+
+
+def test_every_update_of_d_has_real_images_of_its_own(data_flags, tmp_path, monkeypatch):
+    """Where the host fills a buffer before the step, each takes its own part of it."""
+    real, taken = common.Batches.__call__, []
+    monkeypatch.setattr(common.Batches, "__init__", functools.partialmethod(common.Batches.__init__, resident=False))
+    monkeypatch.setattr(common.Batches, "__call__", lambda self, number=0: taken.append(number) or real(self, number))
+    flags = [*TINY["ebgan"], *data_flags["ebgan"], "--steps", "2", "--d-steps", "3"]
+    ebgan.main([*flags, "--out", str(tmp_path / "run")])
+    assert taken == [0, 1, 2] * 2
 
 
 def test_margin_grows_with_the_image(data_flags, tmp_path):
