@@ -111,12 +111,13 @@ class UpConv(nn.Conv2d):
 
 
 class Generator(nn.Module):
-    """Latent [N, latent] to images [N, channels, size, size] in [-1, 1]; also D's decoder.
+    """Latent [N, latent] to images [N, channels, size, size] in [-2, 2]; also D's decoder.
 
     A linear layer to h0 [N, width, 8, 8], then two convolutions at every resolution. ``skip`` concatenates h0,
     up-sampled, after every up-sampling (here before it: the two commute). ``residual`` gives successive layers of
-    one size a vanishing residual, whose weight is the buffer ``carry``. The paper does not say how images end: here by
-    tanh, since without a bound D may drive the error of the fakes, which it wants large, to any height.
+    one size a vanishing residual, whose weight is the buffer ``carry``. The paper does not say how images end. Here by
+    2 tanh(x / 2), hardly bent from -1 to 1: without a bound D may drive the error of the fakes, which it wants large,
+    to any height; and a tanh that reaches black and white only at infinity leaves G grey on such data.
     """
 
     def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = False, residual: bool = False):
@@ -135,7 +136,7 @@ class Generator(nn.Module):
         for up, conv in zip(self.up, self.conv[2:]):
             x = torch.cat([x, F.interpolate(h0, size=x.shape[2:])], dim=1) if self.skip else x
             x = conv(up(x), self.carry)
-        return self.last(x).tanh()
+        return 2 * (self.last(x) / 2).tanh()
 
 
 class Discriminator(nn.Module):
@@ -509,7 +510,7 @@ def train(args: argparse.Namespace) -> Path:
 
     @torch.no_grad()
     def measure(row: dict[str, float]) -> dict[str, float]:
-        fake = generator(fixed_z)
+        fake = generator(fixed_z).clamp(-1, 1)  # as pictures show it
         return dict(swd=common.sliced_wasserstein(fake, shown), diversity=common.diversity_ratio(fake, shown))
 
     @torch.no_grad()

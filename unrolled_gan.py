@@ -535,11 +535,12 @@ def train(args: argparse.Namespace) -> Path:
             inner = draw(means, weights, std, args.batch_size * args.unroll_steps).view(args.batch_size, -1, 2)
             inner = mine(inner).transpose(0, 1)
         fake = generator(z)
-        d_loss = discriminator_loss(*discriminator.both(real, fake.detach()))
-        d_gradient = torch.autograd.grad(d_loss, theta)
+        logits = discriminator.both(real, fake)
+        d_loss = discriminator_loss(*logits)
+        d_gradient = torch.autograd.grad(d_loss, theta, retain_graph=True)
         theta_k = unrolled_parameters(theta, d_optimizer.state[theta], inner, fake, args.unroll_steps, discriminator,
                                       args.d_lr, adam["betas"])
-        logits = discriminator.both(real, fake, theta_k)
+        logits = discriminator.both(real, fake, theta_k) if args.unroll_steps else logits
         g_loss = generator_loss(*logits, args.g_loss)
         g_gradients = torch.autograd.grad(g_loss, g_parameters)
         update(d_optimizer, d_gradient)

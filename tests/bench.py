@@ -2,6 +2,7 @@
 
     python tests/bench.py                        # every script, on the device at hand
     python tests/bench.py began --json out.json
+    python tests/bench.py unrolled               # needs ``pip install higher``, for the other side
 
 Prints, for every script: images and steps a second of our step, of our step without a CUDA graph, and of the textbook
 step; their ratios (medians over alternating rounds, with the range); and the share of the machine's measured
@@ -10,6 +11,7 @@ matrix-product rate that our step's floating-point operations reach.
 
 import argparse
 import contextlib
+import copy
 import json
 import statistics
 import sys
@@ -24,6 +26,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import began
+import ebgan
+import unrolled_gan
+import wgan_gp
 
 ROUNDS = 7
 
@@ -47,18 +52,19 @@ def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
     return 2 * size**3 / min(times)
 
 
-class PlainUpConv(began.UpConv):
-    """Up-sampling, then the convolution at the full size."""
-
-    def forward(self, x):
-        return F.elu(F.conv2d(F.interpolate(x, scale_factor=2), self.weight, self.bias, padding=1))
-
-
 def textbook(network: torch.nn.Module) -> torch.nn.Module:
-    """The same network laid out NCHW, with every up-sampling carried out."""
+    """The same network laid out NCHW, with every up-sampling carried out before its convolution."""
+
+    def forward(layer, x):
+        y = F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1)
+        return layer.activation(y)
+
+    activations = {began: F.elu, ebgan: lambda y: y, wgan_gp: lambda y: F.leaky_relu(y, 0.2)}
     for layer in network.modules():
-        if type(layer).__name__ == "UpConv":
-            layer.__class__ = PlainUpConv
+        for module, activation in activations.items():
+            if type(layer) is module.UpConv:
+                layer.__class__ = type("PlainUpConv", (module.UpConv,), {"forward": forward})
+                layer.activation = activation
     return network.to(memory_format=torch.contiguous_format)
 
 
@@ -78,24 +84,31 @@ class Pictures(torch.utils.data.Dataset):
         return self.convert(self.pictures[index])
 
 
+def loader(images, batch_size, device):
+    """Batches for ever, from a DataLoader."""
+    batches = torch.utils.data.DataLoader(Pictures(images), batch_size, shuffle=True, drop_last=True)
+    while True:
+        for batch in batches:
+            yield batch.to(device)
+
+
+def built(module, args, device):
+    """Generator and discriminator or critic, the textbook way, and Adam's for them as in the script."""
+    kinds = module.Generator, getattr(module, "Critic", None) or module.Discriminator
+    networks = [textbook(module.build(kind, vars(args))).to(device) for kind in kinds]
+    rate, betas = (1e-3, (0.0, 0.99)) if module is wgan_gp else (args.lr, (0.5, 0.999))
+    return *networks, *(torch.optim.Adam(network.parameters(), lr=rate, betas=betas) for network in networks)
+
+
 def began_textbook(args, images, device):
     """BEGAN as it is usually written: a DataLoader, three passes of D a step, .item() in every step."""
-    generator, discriminator = (textbook(began.build(kind, vars(args))).to(device)
-                                for kind in (began.Generator, began.Discriminator))
-    g_adam, d_adam = (torch.optim.Adam(network.parameters(), lr=args.lr, betas=(0.5, 0.999))
-                      for network in (generator, discriminator))
-    loader = torch.utils.data.DataLoader(Pictures(images), args.batch_size, shuffle=True, drop_last=True)
-    batches, k = iter(loader), 0.0
+    generator, discriminator, g_adam, d_adam = built(began, args, device)
+    batches, k = loader(images, args.batch_size, device), 0.0
 
     def step():
-        nonlocal k, batches
-        try:
-            real = next(batches)
-        except StopIteration:
-            batches = iter(loader)
-            real = next(batches)
-        real = real.to(device)
-        fake = generator(torch.rand(args.batch_size, args.latent, device=device) * 2 - 1)
+        nonlocal k
+        real, z = next(batches), torch.rand(args.batch_size, args.latent, device=device) * 2 - 1
+        fake = generator(z)
         g_adam.zero_grad()
         began.reconstruction_loss(fake, discriminator(fake), args.eta).backward()  # leaves gradients in D as well
         g_adam.step()
@@ -109,34 +122,207 @@ def began_textbook(args, images, device):
     return step
 
 
-BENCHES = {"began": (began, began_textbook, [])}
+def ebgan_textbook(args, images, device, networks=None):
+    """EBGAN as it is usually written."""
+    generator, discriminator, g_adam, d_adam = networks or built(ebgan, args, device)
+    batches = loader(images, args.batch_size, device)
+
+    def step():
+        real, z = next(batches), torch.rand(args.batch_size, args.latent, device=device) * 2 - 1
+        fake = generator(z)
+        g_adam.zero_grad()
+        reconstructions, codes = discriminator(fake)
+        g_loss = ebgan.generator_loss(ebgan.energy(fake, reconstructions), codes, args.pt_weight)
+        g_loss.backward()
+        g_adam.step()
+        d_adam.zero_grad()
+        energies = [ebgan.energy(v, discriminator(v)[0]) for v in (real, fake.detach())]
+        d_loss = ebgan.discriminator_loss(*energies, args.margin)
+        d_loss.backward()
+        d_adam.step()
+        return d_loss.item(), g_loss.item()
+
+    return step
+
+
+class TheirGenerator(torch.nn.Sequential):
+    """The layers of PyTorch-GAN's ebgan.py, for 32x32 grey."""
+
+    def __init__(self):
+        super().__init__(
+            torch.nn.Linear(62, 128 * 8 * 8), torch.nn.Unflatten(1, (128, 8, 8)),
+            ebgan.UpConv(128, 128), torch.nn.BatchNorm2d(128, 0.8), torch.nn.LeakyReLU(0.2),
+            ebgan.UpConv(128, 64), torch.nn.BatchNorm2d(64, 0.8), torch.nn.LeakyReLU(0.2),
+            torch.nn.Conv2d(64, 1, 3, 1, 1), torch.nn.Tanh())
+
+    def forward(self, z):
+        return super().forward(z)
+
+
+class TheirDiscriminator(torch.nn.Module):
+    """The layers of PyTorch-GAN's ebgan.py, for 32x32 grey."""
+
+    def __init__(self):
+        super().__init__()
+        self.code = torch.nn.Sequential(torch.nn.Conv2d(1, 64, 3, 2, 1), torch.nn.ReLU(), torch.nn.Flatten(),
+                                        torch.nn.Linear(64 * 16 * 16, 32))
+        self.wide = torch.nn.Sequential(torch.nn.BatchNorm1d(32, 0.8), torch.nn.ReLU(),
+                                        torch.nn.Linear(32, 64 * 16 * 16), torch.nn.BatchNorm1d(64 * 16 * 16),
+                                        torch.nn.ReLU(), torch.nn.Unflatten(1, (64, 16, 16)))
+        self.up = ebgan.UpConv(64, 1)
+
+    def forward(self, images):
+        code = self.code(images)
+        return self.up(self.wide(code)), code
+
+
+def theirs(kind, config):
+    """In the place of ``ebgan.build``."""
+    network = TheirGenerator() if kind is ebgan.Generator else TheirDiscriminator()
+    return network.to(memory_format=torch.channels_last)
+
+
+def their_script(args, images, device):
+    """The step of PyTorch-GAN's ebgan.py: its networks, NCHW, its losses and the calls of its loop."""
+    generator, discriminator = (textbook(theirs(kind, {})).to(device)
+                                for kind in (ebgan.Generator, ebgan.Discriminator))
+    g_adam, d_adam = (torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
+                      for network in (generator, discriminator))
+    batches, mse = loader(images, args.batch_size, device), torch.nn.MSELoss()
+
+    def step():
+        real, z = next(batches), torch.randn(args.batch_size, 62, device=device)
+        g_adam.zero_grad()
+        fake = generator(z)
+        reconstructions, codes = discriminator(fake)
+        directions = codes / codes.pow(2).sum(1, keepdim=True).sqrt()
+        similarity, n = directions @ directions.T, len(codes)
+        g_loss = mse(reconstructions, fake.detach()) + 0.1 * (similarity.sum() - n) / (n * (n - 1))
+        g_loss.backward()
+        g_adam.step()
+        d_adam.zero_grad()
+        real_loss = mse(discriminator(real)[0], real)
+        fake_loss = mse(discriminator(fake.detach())[0], fake.detach())
+        d_loss = real_loss
+        if (1 - fake_loss.data).item() > 0:
+            d_loss = d_loss + 1 - fake_loss
+        d_loss.backward()
+        d_adam.step()
+        return d_loss.item(), g_loss.item()
+
+    return step
+
+
+def unrolled_textbook(args, images, device):
+    """Unrolled GAN as public code has it: the package ``higher`` (in this program's environment only), two passes of D
+    a step, a module's parameters one by one. Without unrolled steps: a plain loop."""
+    means, weights = (part.to(device) for part in unrolled_gan.mixture(args.data, 0, args.seed))
+    relu, linear = torch.nn.ReLU, torch.nn.Linear
+    networks = [torch.nn.Sequential(linear(inputs, 128), relu(), linear(128, 128), relu(), linear(128, outputs)).to(
+        device) for inputs, outputs in ((args.latent, 2), (2, 1))]
+    generator, discriminator = networks
+    g_adam, d_adam = (torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.999))
+                      for network, rate in zip(networks, (args.lr, args.d_lr)))
+    criterion = torch.nn.BCEWithLogitsLoss()
+    real = lambda: unrolled_gan.draw(means, weights, 0.02, args.batch_size)
+    fake = lambda: generator(torch.randn(args.batch_size, args.latent, device=device))
+    ones, zeros = torch.ones(args.batch_size, 1, device=device), torch.zeros(args.batch_size, 1, device=device)
+    loss = lambda network, fake: criterion(network(real()), ones) + criterion(network(fake), zeros)
+
+    def step():
+        d_adam.zero_grad()
+        with torch.no_grad():
+            points = fake()
+        d_loss = loss(discriminator, points)
+        d_loss.backward()
+        d_adam.step()
+        g_adam.zero_grad()
+        if args.unroll_steps:
+            import higher
+
+            points = fake()
+            with higher.innerloop_ctx(discriminator, d_adam) as (network, optimizer):
+                for _ in range(args.unroll_steps):
+                    optimizer.step(loss(network, points))
+                g_loss = criterion(network(points), ones)
+                g_loss.backward()
+        else:
+            g_loss = criterion(discriminator(fake()), ones)
+            g_loss.backward()
+        g_adam.step()
+        return d_loss.item(), g_loss.item()
+
+    return step
+
+
+def wgan_textbook(args, images, device):
+    """WGAN-GP as it is usually written."""
+    generator, critic, g_adam, c_adam = built(wgan_gp, args, device)
+    average = copy.deepcopy(generator)
+    batches = loader(images, args.batch_size, device)
+
+    def step():
+        for _ in range(args.n_critic):
+            real, z = next(batches), torch.randn(args.batch_size, args.latent, device=device)
+            fake = generator(z).detach()
+            c_adam.zero_grad()
+            real_scores, fake_scores = critic(real), critic(fake)
+            epsilon = torch.rand(len(real), 1, 1, 1, device=device)
+            between = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
+            scores = critic(between)
+            gradient = torch.autograd.grad(scores, between, torch.ones_like(scores), create_graph=True)[0]
+            penalty = ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+            c_loss = wgan_gp.critic_loss(real_scores, fake_scores, penalty, args.gp_weight, args.drift)
+            c_loss.backward()
+            c_adam.step()
+        g_adam.zero_grad()
+        g_loss = -critic(generator(torch.randn(args.batch_size, args.latent, device=device))).mean()
+        g_loss.backward()  # leaves gradients in the critic as well
+        g_adam.step()
+        for mean, parameter in zip(average.parameters(), generator.parameters()):
+            mean.data.mul_(args.ema).add_(parameter.data, alpha=1 - args.ema)
+        return c_loss.item(), g_loss.item()
+
+    return step
+
+
+BENCHES = {  # name: script, its flags, what it is timed against, what takes the place of its networks
+    "began": (began, [], began_textbook, None),
+    "ebgan": (ebgan, [], ebgan_textbook, None),
+    "ebgan-paper": (ebgan, ["--layers", "paper", "--image-size", "64", "--batch-size", "16"], ebgan_textbook, None),
+    "ebgan-pytorch-gan": (ebgan, ["--latent", "62"], their_script, theirs),
+    "unrolled": (unrolled_gan, [], unrolled_textbook, None),
+    "unrolled-0": (unrolled_gan, ["--unroll-steps", "0"], unrolled_textbook, None),
+    "wgan_gp": (wgan_gp, ["--no-augment"], wgan_textbook, None),
+}
 
 
 class Stop(Exception):
     """Leaves ``train`` with the step in hand."""
 
 
-def our_step(module, args, images):
-    """The step that ``train`` hands to the loop, for the default settings."""
+def our_step(module, args, images, networks):
+    """The step that ``train`` hands to the loop, and how its batches are refilled."""
     taken = {}
 
     def take(_args, _state, _device, step, refill, *_):
         taken.update(step=step, refill=refill)
         raise Stop
 
-    with mock.patch.object(module, "loop", take), contextlib.suppress(Stop), \
-            mock.patch.object(module.common, "load_images", lambda *_, **__: images):
+    with mock.patch.object(module, "loop", take), mock.patch.object(module, "build", networks or module.build), \
+            mock.patch.object(module.common, "load_images", lambda *_, **__: images), contextlib.suppress(Stop):
         module.train(args)
     return taken["step"], taken["refill"]
 
 
 def bench(name: str, device: torch.device, seconds: float, extra: list[str]) -> dict:
-    module, make_textbook, flags = BENCHES[name]
+    module, flags, make_textbook, networks = BENCHES[name]
     args = module.parse_arguments([*flags, *extra, "--device", device.type])
-    images = torch.randint(256, (2048, 3, args.image_size, args.image_size), dtype=torch.uint8)
-    step, refill = our_step(module, args, images)
+    size, channels = getattr(args, "image_size", 2), 1 if module is ebgan else 3
+    images = torch.randint(256, (2048, channels, size, size), dtype=torch.uint8)
+    step, refill = our_step(module, args, images, networks)
     contestants = {"ours": iter(step, None)} if device.type == "cpu" else {
-        "ours": module.replays(step), "eager": iter(our_step(module, args, images)[0], None)}
+        "ours": module.replays(step), "eager": iter(our_step(module, args, images, networks)[0], None)}
     contestants["textbook"] = iter(make_textbook(args, images, device), False)
     for run in contestants.values():
         for _ in range(5):
@@ -159,7 +345,7 @@ def bench(name: str, device: torch.device, seconds: float, extra: list[str]) -> 
         step()
     ours, flops, rate = statistics.median(times["ours"]), counter.get_total_flops(), matrix_rate(device)
     result = {"script": name, "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "batch_size": args.batch_size, "image_size": args.image_size, "gflop_per_step": flops / 1e9,
+              "batch_size": args.batch_size, "image_size": size, "gflop_per_step": flops / 1e9,
               "matrix_gflop_per_s": rate / 1e9, "share_of_matrix_rate": flops / ours / rate}
     for name_, values in times.items():
         result[f"{name_}_ms"] = 1000 * statistics.median(values)

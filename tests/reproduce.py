@@ -1,7 +1,12 @@
 """Measures the tables of the README, cell by cell; a second call goes on where the first one stopped.
 
     python tests/reproduce.py began                    # 6 default runs, two at a time on one thread each
+    python tests/reproduce.py ebgan                    # 18 runs of 1,000 steps, on MNIST
     python tests/reproduce.py unrolled                 # 36 runs of 3,000 steps
+    python tests/reproduce.py wgan_gp                  # 21 runs of 600 steps
+    python tests/reproduce.py digits --jobs 1          # default runs on digits, scored by a classifier
+
+MNIST is looked for in the folder that GAN_TEST_DATA names, or else downloaded to data.
 
 Every finished cell is one JSON line in .github/results/NAME.jsonl; at the end stands NAME.md, a table of them.
 """
@@ -19,6 +24,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -27,15 +33,19 @@ sys.path.insert(0, str(ROOT))
 
 import began  # noqa: E402
 import common  # noqa: E402
+import digits  # noqa: E402
+import ebgan  # noqa: E402
+import wgan_gp  # noqa: E402
 
 RESULTS, IMAGES = ROOT / ".github/results", ROOT / ".github/images"
+MNIST = os.environ.get("GAN_TEST_DATA", "data")
 
 
-def train(script: str, *flags: str) -> tuple[list[dict[str, str]], Path]:
-    """Runs a script to its end on one thread; returns the rows of metrics.csv and the run's folder."""
+def train(script: str, *flags: str, threads: int = 1) -> tuple[list[dict[str, str]], Path]:
+    """Runs a script to its end; returns the rows of metrics.csv and the run's folder."""
     folder = Path(tempfile.mkdtemp(prefix="reproduce-"), "run")
     arguments = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--out", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL, check=True)
     with open(folder / "metrics.csv") as file:
         return list(csv.DictReader(file)), folder
@@ -70,17 +80,18 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def began_summary(table: list[dict[str, str]], folder: Path) -> dict:
-    """A run's means over its last fifth, M's also over the fifths before, and a row of samples, kept as a picture."""
-    means = lambda name, first, last: statistics.fmean(
-        float(row[name]) for row in table[len(table) * first // 5:len(table) * last // 5])
-    summary = {name: means(name, 4, 5) for name in ("ratio", "k", "m", "swd", "diversity")}
-    summary |= {"m_third_fifth": means("m", 2, 3), "m_fourth_fifth": means("m", 3, 4)}
-    generator, config = began.load_generator(folder / "checkpoint.pt")
+def fifth(table: list[dict[str, str]], name: str, which: int = 5) -> float:
+    """The mean of a column over a fifth of the run; 5 is the last."""
+    rows = table[len(table) * (which - 1) // 5:len(table) * which // 5]
+    return statistics.fmean(float(row[name]) for row in rows)
+
+
+def samples(module: ModuleType, folder: Path, count: int) -> torch.Tensor:
+    """Samples of a run's last checkpoint, the same for the same run."""
+    generator, config = module.load_generator(folder / "checkpoint.pt")
     torch.manual_seed(0)
-    row = generator(began.uniform(16, config["latent"]))
-    common.save_grid(row, IMAGES / f"began-gamma-{config['gamma']}-{config['seed']}.png", columns=16, zoom=2)
-    return summary | {"seconds": float(table[-1]["seconds"])}
+    draw = module.normal if module is wgan_gp else module.uniform
+    return torch.cat([generator(draw(min(500, count - first), config["latent"])) for first in range(0, count, 500)])
 
 
 def began_gammas(jobs: int) -> str:
@@ -89,14 +100,91 @@ def began_gammas(jobs: int) -> str:
 
     def measure(cell: dict) -> dict:
         table, folder = train("began", "--gamma", str(cell["gamma"]), "--seed", str(cell["seed"]), "--device", "cpu")
-        summary = began_summary(table, folder)
+        summary = {name: fifth(table, name) for name in ("ratio", "k", "m", "swd", "diversity")}
+        summary |= {"m_third_fifth": fifth(table, "m", 3), "m_fourth_fifth": fifth(table, "m", 4)}
+        row = IMAGES / "began-gamma-{gamma}-{seed}.png".format(**cell)
+        common.save_grid(samples(began, folder, 16), row, columns=16, zoom=2)
         shutil.rmtree(folder.parent)
-        return summary
+        return summary | {"seconds": float(table[-1]["seconds"])}
 
     text = "| γ | seed | L(G(z)) / L(x) | M, third to last fifth | SWD | diversity |\n|---|---|---|---|---|---|\n"
     for line in sorted(run_cells("began", cells, measure, jobs), key=lambda line: (line["gamma"], line["seed"])):
         text += ("| {gamma} | {seed} | {ratio:.3f} | {m_third_fifth:.4f}, {m_fourth_fifth:.4f}, {m:.4f} | {swd:.3f} "
                  "| {diversity:.2f} |\n".format(**line))
+    return text
+
+
+def ebgan_margins(jobs: int) -> str:
+    """The margins of the MNIST experiment behind the script, with and without the pull-away term."""
+    keys = dict(margin=(2.0, 8.0, 16.0), pt_weight=(0.0, 0.1), seed=(0, 1, 2))
+    cells = [dict(zip(keys, values)) for values in itertools.product(*keys.values())]
+    judge = digits.Judge("mnist", MNIST)
+    columns = ("energy_real", "energy_fake", "loss_d", "swd", "diversity")
+
+    def measure(cell: dict) -> dict:
+        flags = [text for name, value in cell.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        table, folder = train("ebgan", "--data", "mnist", "--data-root", MNIST, "--steps", "1000", *flags,
+                              "--device", "cpu")
+        pictures = samples(ebgan, folder, 2000)
+        if cell["seed"] == 0:
+            row = IMAGES / "ebgan-{margin:g}-{pt_weight:g}.png".format(**cell)
+            common.save_grid(pictures[:16], row, columns=16)
+        shutil.rmtree(folder.parent)
+        summary = {name: fifth(table, name) for name in columns} | judge.score(pictures)
+        return summary | {"seconds": float(table[-1]["seconds"])}
+
+    lines = run_cells("ebgan", cells, measure, jobs)
+    text = "| margin | pull-away | D(x) | D(G(z)) | L_D | SWD | diversity | Fréchet |\n|" + "---|" * 8 + "\n"
+    for margin, weight in itertools.product(keys["margin"], keys["pt_weight"]):
+        group = [line for line in lines if line["margin"] == margin and line["pt_weight"] == weight]
+        show = lambda name, places: spread([line[name] for line in group], places)
+        text += (f"| {margin:g} | {weight:g} | {show('energy_real', 2)} | {show('energy_fake', 2)} "
+                 f"| {show('loss_d', 2)} | {show('swd', 3)} | {show('diversity', 2)} | {show('frechet', 1)} |\n")
+    return text
+
+
+def wgan_gp_ablation(jobs: int) -> str:
+    """The whole recipe, and without each of its items in turn."""
+    without = {"": [], "EMA": ["--ema", "0"], "minibatch stddev": ["--no-stddev"], "pixel norm": ["--no-pixel-norm"],
+               "dropout": ["--dropout", "0"], "augmentation": ["--no-augment"], "drift": ["--drift", "0"]}
+    cells = [dict(without=name, seed=seed) for seed in (0, 1, 2) for name in without]
+
+    def measure(cell: dict) -> dict:
+        table, folder = train("wgan_gp", "--steps", "600", *without[cell["without"]], "--seed", str(cell["seed"]),
+                              "--log-every", "20", "--sample-every", "600", "--device", "cpu")
+        if cell["seed"] == 0:
+            row = IMAGES / f"wgan_gp-without-{cell['without'].replace(' ', '-') or 'nothing'}.png"
+            common.save_grid(samples(wgan_gp, folder, 16), row, columns=16)
+        shutil.rmtree(folder.parent)
+        summary = {name: fifth(table, name) for name in ("swd", "diversity")}
+        return summary | {"seconds": float(table[-1]["seconds"])}
+
+    lines = run_cells("wgan_gp", cells, measure, jobs)
+    text = "| without | SWD | diversity |\n|---|---|---|\n"
+    for name in without:
+        group = [line for line in lines if line["without"] == name]
+        swd, diversity = (spread([line[column] for line in group], 3) for column in ("swd", "diversity"))
+        text += f"| {name or '(the whole recipe)'} | {swd} | {diversity} |\n"
+    return text
+
+
+def digit_scores(jobs: int) -> str:
+    """Default runs on digits, by a classifier of its own: Fréchet distances in multiples of that of held-out digits."""
+    runs = {"ebgan": (ebgan, []), "ebgan mnist": (ebgan, []), "wgan_gp mnist": (wgan_gp, ["--no-augment"])}
+
+    def measure(cell: dict) -> dict:
+        module, flags = runs[cell["run"]]
+        data, root = ("mnist", MNIST) if "mnist" in cell["run"] else ("digits", "data")
+        table, folder = train(module.SCRIPT, "--data", data, "--data-root", root, *flags, "--device", "cpu", threads=2)
+        pictures = samples(module, folder, 2000)
+        common.save_grid(pictures[:48], IMAGES / f"{module.SCRIPT}-{data}.png", columns=16)
+        shutil.copytree(folder, Path("runs", cell["run"].replace(" ", "-")), dirs_exist_ok=True)
+        return digits.Judge(data, root).score(pictures) | {"seconds": float(table[-1]["seconds"])}
+
+    text = "| run | minutes | Fréchet | least class, % | median confidence | KL |\n|" + "---|" * 6 + "\n"
+    for line in run_cells("digits", [dict(run=run) for run in runs], measure, jobs):
+        text += (f"| {line['run']} | {line['seconds'] / 60:.1f} | {line['frechet']:.1f} "
+                 f"| {100 * line['least_class']:.1f} | {line['confidence']:.3f} | {line['kl']:.3f} |\n")
     return text
 
 
@@ -108,9 +196,9 @@ def unrolled(jobs: int) -> str:
     def measure(cell: dict) -> dict:
         flags = [text for name, value in cell.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         table, folder = train("unrolled_gan", *flags, "--steps", "3000", "--sample-every", "300", "--device", "cpu")
-        name = "unrolled-{unroll_steps}-{prior_std}-{activation}-{seed}.png".format(**cell)
-        IMAGES.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "strip.png", IMAGES / name)
+        if cell["seed"] == 0:
+            name = "unrolled-{unroll_steps}-{prior_std}-{activation}.png".format(**cell)
+            shutil.copy(folder / "strip.png", IMAGES / name)
         shutil.rmtree(folder.parent)
         last = {column: float(table[-1][column]) for column in ("covered", "coverable", "reached", "quality", "kl")}
         return last | dict(most=max(int(row["covered"]) for row in table), seconds=float(table[-1]["seconds"]))
@@ -129,7 +217,8 @@ def unrolled(jobs: int) -> str:
     return text
 
 
-TABLES = {"began": began_gammas, "unrolled": unrolled}
+TABLES = {"began": began_gammas, "ebgan": ebgan_margins, "unrolled": unrolled, "wgan_gp": wgan_gp_ablation,
+          "digits": digit_scores}
 
 
 def main() -> None:
