@@ -21,6 +21,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -214,53 +215,66 @@ def their_script(args, images, device):
 
 
 def unrolled_textbook(args, images, device):
-    """Unrolled GAN as public code has it: the package ``higher`` (in this program's environment only), two passes of D
-    a step, a module's parameters one by one. Without unrolled steps: a plain loop."""
-    means, weights = (part.to(device) for part in unrolled_gan.mixture(args.data, 0, args.seed))
-    relu, linear = torch.nn.ReLU, torch.nn.Linear
-    networks = [torch.nn.Sequential(linear(inputs, 128), relu(), linear(128, 128), relu(), linear(128, outputs)).to(
-        device) for inputs, outputs in ((args.latent, 2), (2, 1))]
-    generator, discriminator = networks
-    g_adam, d_adam = (torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.999))
-                      for network, rate in zip(networks, (args.lr, args.d_lr)))
-    criterion = torch.nn.BCEWithLogitsLoss()
-    real = lambda: unrolled_gan.draw(means, weights, 0.02, args.batch_size)
-    fake = lambda: generator(torch.randn(args.batch_size, args.latent, device=device))
-    ones, zeros = torch.ones(args.batch_size, 1, device=device), torch.zeros(args.batch_size, 1, device=device)
-    loss = lambda network, fake: criterion(network(real()), ones) + criterion(network(fake), zeros)
+    """The calls of the public unroll_gan: networks as ours, data and noise by numpy, every unrolled step on new points,
+    by the package ``higher`` (to be installed in this program's environment only)."""
+    means, _ = unrolled_gan.mixture(args.data)
+    relu, linear, adam = torch.nn.ReLU, torch.nn.Linear, torch.optim.Adam
+    generator, discriminator = (
+        torch.nn.Sequential(linear(inputs, 128), relu(), linear(128, 128), relu(), linear(128, outputs)).to(device)
+        for inputs, outputs in ((args.latent, 2), (2, 1)))
+    g_adam, d_adam = (adam(network.parameters(), lr=rate, betas=(0.5, 0.999))
+                      for network, rate in ((generator, args.lr), (discriminator, args.d_lr)))
+    tensor = lambda array: torch.from_numpy(array.astype("float32")).to(device)
+    modes = lambda: means.numpy()[np.random.choice(8, args.batch_size, p=[1 / 8] * 8)]
+    real = lambda: tensor(np.random.normal(loc=modes(), scale=0.02))
+    noise = lambda: tensor(np.random.normal(size=(args.batch_size, args.latent)))
+
+    def losses(network, fake):
+        x, y = torch.sigmoid(network(real())), torch.sigmoid(network(fake))
+        return -x.log().mean(), -(1 - y).log().mean()
 
     def step():
         d_adam.zero_grad()
         with torch.no_grad():
-            points = fake()
-        d_loss = loss(discriminator, points)
-        d_loss.backward()
+            fake = generator(noise())
+        parts = losses(discriminator, fake)
+        sum(parts).backward()
         d_adam.step()
+        [part.item() for part in parts]
         g_adam.zero_grad()
+        d_adam.zero_grad()
         if args.unroll_steps:
             import higher
 
-            points = fake()
+            backup = copy.deepcopy(discriminator)
             with higher.innerloop_ctx(discriminator, d_adam) as (network, optimizer):
                 for _ in range(args.unroll_steps):
-                    optimizer.step(loss(network, points))
-                g_loss = criterion(network(points), ones)
+                    parts = losses(network, generator(noise()))
+                    optimizer.step(sum(parts))
+                    [part.item() for part in parts]
+                g_loss = -torch.sigmoid(network(generator(noise()))).log().mean()
                 g_loss.backward()
+            discriminator.load_state_dict(backup.state_dict())
         else:
-            g_loss = criterion(discriminator(fake()), ones)
+            g_loss = -torch.sigmoid(discriminator(generator(noise()))).log().mean()
             g_loss.backward()
         g_adam.step()
-        return d_loss.item(), g_loss.item()
+        return g_loss.item()
 
     return step
 
 
 def wgan_textbook(args, images, device):
-    """WGAN-GP as it is usually written."""
+    """WGAN-GP as it is usually written. Dropout and standard deviation are PyTorch's own."""
     generator, critic, g_adam, c_adam = built(wgan_gp, args, device)
     average = copy.deepcopy(generator)
     batches = loader(images, args.batch_size, device)
 
+    def stddev(x):
+        spread = (x.var(dim=0, correction=0) + 1e-8).sqrt().mean()
+        return torch.cat([x, spread.expand(len(x), 1, *x.shape[2:])], dim=1)
+
+    @mock.patch.multiple(wgan_gp, minibatch_stddev=stddev, dropout=F.dropout)
     def step():
         for _ in range(args.n_critic):
             real, z = next(batches), torch.randn(args.batch_size, args.latent, device=device)
