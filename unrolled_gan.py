@@ -13,11 +13,11 @@ and its gradient runs through these steps. D itself then takes one ordinary step
     python unrolled_gan.py --data grid --prior-std 0.02            # 25 Gaussians of uneven weights
     python unrolled_gan.py --resume                                # go on with the newest run
     python unrolled_gan.py --sample 10000                          # samples.npy: 10,000 points
-    python unrolled_gan.py --lr 1e-4 --d-layers 1 --input-scale 4 --gain 0.8 --g-loss saddle --steps 25000
+    python unrolled_gan.py --lr 1e-4 --d-lr 1e-4 --d-layers 1 --input-scale 4 --gain 0.8 --g-loss saddle --steps 25000
                                                                    # the paper's settings
-    python unrolled_gan.py --activation tanh --d-activation tanh --gain 1.4 --unroll-steps 5 --g-loss saddle \\
-        --steps 25000                                              # those of the authors' notebook, on our ring
-    python unrolled_gan.py --gain 0 --fresh --steps 3000           # those of github.com/andrewliao11/unrolled-gans
+    python unrolled_gan.py --activation tanh --d-activation tanh --gain 1.4 --d-lr 1e-4 --unroll-steps 5 \\
+        --g-loss saddle --steps 25000                              # those of the authors' notebook, on our ring
+    python unrolled_gan.py --gain 0 --d-lr 1e-4 --fresh            # those of github.com/andrewliao11/unrolled-gans
 """
 
 import argparse
@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=number(int, 1), default=512, help="points in a batch, over all ranks")
     add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
     add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, generator")
-    add("--d-lr", type=number(float, 1e-9, 1), default=1e-4, help="Adam's learning rate, discriminator")
+    add("--d-lr", type=number(float, 1e-9, 1), default=3e-4, help="Adam's learning rate, discriminator")
     add("--unroll-steps", type=number(int, 0, 1000), default=10, help="the paper's K; 0: the plain GAN")
     add("--g-loss", choices=("saddle", "nonsaturating"), default="nonsaturating", help="f_K, or -E log D(G(z))")
     add("--fresh", action="store_true", help="new real points for every unrolled step, not one batch for all")

@@ -1,7 +1,7 @@
 """Measures the tables of the README, cell by cell; a second call goes on where the first one stopped.
 
     python tests/reproduce.py began                    # 6 default runs, two at a time on one thread each
-    python tests/reproduce.py ebgan                    # 18 runs of 1,000 steps, on MNIST
+    python tests/reproduce.py ebgan                    # 18 runs of 600 steps, on MNIST
     python tests/reproduce.py unrolled                 # 36 runs of 3,000 steps
     python tests/reproduce.py wgan_gp                  # 21 runs of 600 steps
     python tests/reproduce.py digits --jobs 1          # default runs on digits, scored by a classifier
@@ -46,7 +46,8 @@ def train(script: str, *flags: str, threads: int = 1) -> tuple[list[dict[str, st
     folder = Path(tempfile.mkdtemp(prefix="reproduce-"), "run")
     arguments = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL, check=True)
+    with open(folder.parent / "warnings.txt", "w") as file:
+        subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=file, check=True)
     with open(folder / "metrics.csv") as file:
         return list(csv.DictReader(file)), folder
 
@@ -123,23 +124,25 @@ def ebgan_margins(jobs: int) -> str:
 
     def measure(cell: dict) -> dict:
         flags = [text for name, value in cell.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        table, folder = train("ebgan", "--data", "mnist", "--data-root", MNIST, "--steps", "1000", *flags,
+        table, folder = train("ebgan", "--data", "mnist", "--data-root", MNIST, "--steps", "600", *flags,
                               "--device", "cpu")
         pictures = samples(ebgan, folder, 2000)
         if cell["seed"] == 0:
             row = IMAGES / "ebgan-{margin:g}-{pt_weight:g}.png".format(**cell)
             common.save_grid(pictures[:16], row, columns=16)
+        warned = "warning" in (folder.parent / "warnings.txt").read_text()
         shutil.rmtree(folder.parent)
-        summary = {name: fifth(table, name) for name in columns} | judge.score(pictures)
+        summary = {name: fifth(table, name) for name in columns} | judge.score(pictures) | {"warned": warned}
         return summary | {"seconds": float(table[-1]["seconds"])}
 
     lines = run_cells("ebgan", cells, measure, jobs)
-    text = "| margin | pull-away | D(x) | D(G(z)) | L_D | SWD | diversity | Fréchet |\n|" + "---|" * 8 + "\n"
+    text = "| margin | pull-away | D(x) | D(G(z)) | L_D | SWD | diversity | Fréchet | warned |\n|" + "---|" * 9 + "\n"
     for margin, weight in itertools.product(keys["margin"], keys["pt_weight"]):
         group = [line for line in lines if line["margin"] == margin and line["pt_weight"] == weight]
         show = lambda name, places: spread([line[name] for line in group], places)
         text += (f"| {margin:g} | {weight:g} | {show('energy_real', 2)} | {show('energy_fake', 2)} "
-                 f"| {show('loss_d', 2)} | {show('swd', 3)} | {show('diversity', 2)} | {show('frechet', 1)} |\n")
+                 f"| {show('loss_d', 2)} | {show('swd', 3)} | {show('diversity', 2)} | {show('frechet', 1)} "
+                 f"| {sum(line['warned'] for line in group)} of {len(group)} |\n")
     return text
 
 
