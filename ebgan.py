@@ -14,7 +14,7 @@ The pull-away term f_PT keeps the codes S = Enc(G(z)) of a batch apart, and so t
     python ebgan.py --resume                                       # go on with the newest run
     python ebgan.py --sample 1000; python ebgan.py --interpolate 8 # use what it has learnt
     torchrun --nproc_per_node 8 ebgan.py --data celeba --image-size 64 --layers paper --g-width 1024 --d-width 64 \\
-        --latent 100 --batch-size 64 --steps 200000                                # the paper's networks, on eight GPUs
+        --latent 100 --batch-size 64 --steps 200000                # the paper's networks, on eight GPUs
 """
 
 import argparse

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -221,7 +222,7 @@ def unrolled(jobs: int) -> str:
         table, folder = train("unrolled_gan", *flags, "--steps", "3000", "--sample-every", "300", "--device", "cpu")
         if cell["seed"] == 0:
             name = "unrolled-{unroll_steps}-{prior_std}-{activation}.png".format(**cell)
-            shutil.copy(folder / "strip.png", IMAGES / name)
+            Image.open(folder / "strip.png").quantize(64).save(IMAGES / name, optimize=True)
         shutil.rmtree(folder.parent)
         last = {column: float(table[-1][column]) for column in ("covered", "coverable", "reached", "quality", "kl")}
         return last | dict(most=max(int(row["covered"]) for row in table), seconds=float(table[-1]["seconds"]))
