@@ -477,7 +477,8 @@ def train(args: argparse.Namespace) -> Path:
     generator, discriminator = build(Generator, vars(args)).to(device), build(Discriminator, vars(args)).to(device)
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
     k, lr, smooth, best, waited = torch.tensor([0, args.lr, math.inf, math.inf, 0], device=device).unbind()
-    adam = dict(lr=lr, betas=(0.5, 0.999), fused=True, capturable=device.type == "cuda")
+    # A memory of 100 steps: with 0.999, a burst of gradients makes steps many times lr, which D may not survive.
+    adam = dict(lr=lr, betas=(0.5, 0.99), fused=True, capturable=device.type == "cuda")
     g_optimizer, d_optimizer = torch.optim.Adam(g_parameters, **adam), torch.optim.Adam(d_parameters, **adam)
     fixed_z = uniform(256, args.latent, device)
     state = dict(generator=generator, discriminator=discriminator, g_optimizer=g_optimizer, d_optimizer=d_optimizer,

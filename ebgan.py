@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, choices=(16, 32, 64, 128), default=32, help="height and width, pixels")
     add("--hflip", action="store_true", help="mirror every second real image")
     add("--batch-size", type=number(int, 2), default=32, help="images in a batch, over all ranks")
-    add("--steps", type=number(int, 1), default=8000, help="steps of the whole run, each of --d-steps and --g-steps "
+    add("--steps", type=number(int, 1), default=6000, help="steps of the whole run, each of --d-steps and --g-steps "
         "updates")
     add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, both networks")
     add("--margin", type=number(float, 0), help="m, on energies of pixels in [-1, 1] (default: sqrt(C H W) / 4, which "

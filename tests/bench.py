@@ -94,11 +94,11 @@ def loader(images, batch_size, device):
 
 
 def built(module, args, device):
-    """Generator and discriminator or critic, the textbook way, and Adam's for them as in the script."""
+    """Generator and discriminator or critic, the textbook way, and an Adam for each."""
     kinds = module.Generator, getattr(module, "Critic", None) or module.Discriminator
     networks = [textbook(module.build(kind, vars(args))).to(device) for kind in kinds]
-    rate, betas = (1e-3, (0.0, 0.99)) if module is wgan_gp else (args.lr, (0.5, 0.999))
-    return *networks, *(torch.optim.Adam(network.parameters(), lr=rate, betas=betas) for network in networks)
+    rate = 1e-3 if module is wgan_gp else args.lr
+    return *networks, *(torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.99)) for network in networks)
 
 
 def began_textbook(args, images, device):

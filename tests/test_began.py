@@ -106,7 +106,7 @@ def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, 
     generator, discriminator = began.build(began.Generator, config), began.build(began.Discriminator, config)
     generator.load_state_dict(before["state"]["generator"])
     discriminator.load_state_dict(before["state"]["discriminator"])
-    g_adam, d_adam = (torch.optim.Adam(n.parameters(), lr=config["lr"], betas=(0.5, 0.999))
+    g_adam, d_adam = (torch.optim.Adam(n.parameters(), lr=config["lr"], betas=(0.5, 0.99))
                       for n in (generator, discriminator))
     torch.set_rng_state(before["rng"])
     k = 0.0
