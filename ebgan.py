@@ -185,14 +185,15 @@ def generator_loss(fake_energy: Tensor, codes: Tensor, pt_weight: float) -> Tens
 def collapse(rows: list[dict[str, float]]) -> str | None:
     """The sign of a collapse that the rows of metrics.csv, the newest last, show, and what may help; or None.
 
-    A run may well begin with the first two, so they count where a row before had not that sign, or after ten rows.
+    A run may well begin with the first two, so they count where a row before had not that sign, or from step 300 on.
     """
     *past, row = rows
-    if row["diversity"] < 0.3 and (len(past) > 9 or any(r["diversity"] > 0.5 for r in past)):
-        return "the samples are becoming one image: try a higher --pt-weight, a lower --lr or another --margin"
+    late = row["step"] >= 300
+    if row["diversity"] < 0.3 and (late or any(r["diversity"] > 0.5 for r in past)):
+        return "the samples are becoming one image: try a --margin above D(x), a higher --pt-weight or a lower --lr"
     if row["energy_fake"] < 0.8 * row["energy_real"] and (
-            len(past) > 9 or any(r["energy_fake"] > r["energy_real"] for r in past)):
-        return "D reconstructs samples better than real images: try a lower --margin or a lower --lr"
+            late or any(r["energy_fake"] > r["energy_real"] for r in past)):
+        return "D reconstructs samples better than real images: try a --margin above D(x) or a lower --lr"
     if past and all(row[name] > 2 * min(r[name] for r in past) for name in ("energy_real", "energy_fake")):
         return "D no longer reconstructs anything, both energies have doubled: try a lower --margin or a lower --lr"
     return None
@@ -537,7 +538,7 @@ def train(args: argparse.Namespace) -> Path:
     def measure(row: dict[str, float]) -> dict[str, float]:
         fake = generator.eval()(fixed_z)
         more = dict(swd=common.sliced_wasserstein(fake, shown), diversity=common.diversity_ratio(fake, shown))
-        recent.append(row | more)
+        recent.append(row | more | dict(step=int(state["step"])))
         if (warning := collapse(recent)) and warning != collapse(recent[:-1]):
             print(f"{SCRIPT}: warning: {warning}", file=sys.stderr, flush=True)
         return more

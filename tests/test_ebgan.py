@@ -203,14 +203,15 @@ HEALTHY = [  # energy_real, energy_fake, diversity of the default run, a row eve
 
 def first_warning(table: list[tuple[float, float, float]]) -> tuple[int | None, str]:
     """The number of the first row that collapse() warns at, and the warning."""
-    table = [dict(zip(("energy_real", "energy_fake", "diversity"), row)) for row in table]
+    names = "step", "energy_real", "energy_fake", "diversity"
+    table = [dict(zip(names, (100 * number, *row))) for number, row in enumerate(table, 1)]
     warnings = [(index, ebgan.collapse(table[:index + 1])) for index in range(len(table))]
     return next((warning for warning in warnings if warning[1]), (None, ""))
 
 
 def test_no_warning_of_a_collapse_in_a_healthy_run():
     assert first_warning(HEALTHY) == (None, "")
-    begin = [(15, 8, 0.1), (14, 7, 0.05), (14, 8, 0.2)]  # as an untrained network may be
+    begin = [(15, 8, 0.1), (14, 7, 0.05)]  # as an untrained network may be
     assert first_warning(begin + HEALTHY) == (None, "")
 
 
@@ -227,7 +228,9 @@ def test_a_collapse_is_named_within_two_rows(after, sign):
 
 def test_a_run_that_never_leaves_its_first_image_is_named():
     index, text = first_warning([(9.0, 8.5, 0.1)] * 20)
-    assert index == 10 and "one image" in text
+    assert index == 2 and "one image" in text  # at step 300
+    index, text = first_warning([(5.5, 3.2, 0.9)] * 20)
+    assert index == 2 and "better than real" in text
 
 
 def test_the_warning_comes_once_and_before_the_next_row(data_flags, tmp_path, monkeypatch, capsys):
