@@ -8,16 +8,18 @@ and its gradient runs through these steps. D itself then takes one ordinary step
     f_K(G)        = f(G, theta^K(G))                                       G descends f_K
     df_K/dG       = df/dG + df/dtheta^K dtheta^K/dG                        the second term is the paper
 
-    python unrolled_gan.py                                         # ring of 8 Gaussians, ReLU
-    python unrolled_gan.py --unroll-steps 0                        # the plain GAN, to compare
+    python unrolled_gan.py                                         # ring of 8 Gaussians
+    python unrolled_gan.py --activation relu --unroll-steps 0      # a plain GAN, which collapses
+    python unrolled_gan.py --activation relu                       # the same, unrolled: it does not
     python unrolled_gan.py --data grid --prior-std 0.02            # 25 Gaussians of uneven weights
     python unrolled_gan.py --resume                                # go on with the newest run
     python unrolled_gan.py --sample 10000                          # samples.npy: 10,000 points
-    python unrolled_gan.py --lr 1e-4 --d-lr 1e-4 --d-layers 1 --input-scale 4 --gain 0.8 --g-loss saddle --steps 25000
-                                                                   # the paper's settings
-    python unrolled_gan.py --activation tanh --d-activation tanh --gain 1.4 --d-lr 1e-4 --unroll-steps 5 \\
-        --g-loss saddle --steps 25000                              # those of the authors' notebook, on our ring
-    python unrolled_gan.py --gain 0 --d-lr 1e-4 --fresh            # those of github.com/andrewliao11/unrolled-gans
+    python unrolled_gan.py --activation relu --lr 1e-4 --d-lr 1e-4 --d-layers 1 --input-scale 4 --g-loss saddle \\
+        --steps 25000                                              # the paper's settings
+    python unrolled_gan.py --d-activation tanh --gain 1.4 --d-lr 1e-4 --unroll-steps 5 --g-loss saddle --steps 25000
+                                                                   # those of the authors' notebook, on our ring
+    python unrolled_gan.py --activation relu --gain 0 --d-lr 1e-4 --fresh
+                                                                   # those of github.com/andrewliao11/unrolled-gans
 """
 
 import argparse
@@ -60,7 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--unroll-steps", type=number(int, 0, 1000), default=10, help="the paper's K; 0: the plain GAN")
     add("--g-loss", choices=("saddle", "nonsaturating"), default="nonsaturating", help="f_K, or -E log D(G(z))")
     add("--fresh", action="store_true", help="new real points for every unrolled step, not one batch for all")
-    add("--activation", choices=("relu", "tanh"), default="relu", help="non-linearity of the generator")
+    add("--activation", choices=("relu", "tanh"), default="tanh", help="non-linearity of the generator")
     add("--d-activation", choices=("relu", "tanh"), default="relu", help="non-linearity of the discriminator")
     add("--d-layers", type=number(int, 1, 9), default=2, help="hidden layers of the discriminator; paper: 1")
     add("--gain", type=number(float, 0, 9), default=0.8, help="of the orthogonal initial weights; 0: PyTorch's own")
