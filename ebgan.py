@@ -14,7 +14,7 @@ The pull-away term f_PT keeps the codes S = Enc(G(z)) of a batch apart, and so t
     python ebgan.py --resume                                       # go on with the newest run
     python ebgan.py --sample 1000; python ebgan.py --interpolate 8 # use what it has learnt
     torchrun --nproc_per_node 8 ebgan.py --data celeba --image-size 64 --layers paper --g-width 1024 --d-width 64 \\
-        --latent 100 --batch-size 64 --steps 200000                # the paper's networks, on eight GPUs
+        --latent 100 --steps 200000                                # the paper's networks, on eight GPUs
 """
 
 import argparse
@@ -51,8 +51,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-root", default="data", help="folder for downloads and the picture cache")
     add("--image-size", type=int, choices=(16, 32, 64, 128), default=32, help="height and width, pixels")
     add("--hflip", action="store_true", help="mirror every second real image")
-    add("--batch-size", type=number(int, 2), default=32, help="images in a batch, over all ranks")
-    add("--steps", type=number(int, 1), default=6000, help="steps of the whole run, each of --d-steps and --g-steps "
+    add("--batch-size", type=number(int, 2), default=64, help="images in a batch, over all ranks")
+    add("--steps", type=number(int, 1), default=3000, help="steps of the whole run, each of --d-steps and --g-steps "
         "updates")
     add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, both networks")
     add("--margin", type=number(float, 0), help="m, on energies of pixels in [-1, 1] (default: sqrt(C H W) / 4, which "
@@ -72,7 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the networks")
     add("--no-graph", action="store_true", help="no CUDA graph: run every step eagerly")
     add("--log-every", type=number(int, 1), default=100, help="steps between rows of metrics.csv")
-    add("--sample-every", type=number(int, 1), default=200, help="steps between sample pictures")
+    add("--sample-every", type=number(int, 1), default=100, help="steps between sample pictures")
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
     add("--keep", action="store_true", help="keep a numbered copy of every checkpoint")
     add("--out", help="run folder (default: the next free runs/ebgan-001); with --sample and the like, their folder")

@@ -303,8 +303,8 @@ def wgan_textbook(args, images, device):
 BENCHES = {  # name: script, its flags, what it is timed against, what takes the place of its networks
     "began": (began, [], began_textbook, None),
     "ebgan": (ebgan, [], ebgan_textbook, None),
-    "ebgan-paper": (ebgan, ["--layers", "paper", "--image-size", "64"], ebgan_textbook, None),
-    "ebgan-pytorch-gan": (ebgan, ["--latent", "62", "--batch-size", "64"], their_script, theirs),
+    "ebgan-paper": (ebgan, ["--layers", "paper", "--image-size", "64", "--batch-size", "16"], ebgan_textbook, None),
+    "ebgan-pytorch-gan": (ebgan, ["--latent", "62"], their_script, theirs),
     "unrolled": (unrolled_gan, ["--activation", "relu"], unrolled_textbook, None),
     "unrolled-0": (unrolled_gan, ["--activation", "relu", "--unroll-steps", "0"], unrolled_textbook, None),
     "wgan_gp": (wgan_gp, ["--no-augment"], wgan_textbook, None),

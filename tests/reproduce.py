@@ -128,8 +128,8 @@ def ebgan_margins(jobs: int) -> str:
 
     def measure(cell: dict) -> dict:
         flags = [text for name, value in cell.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        table, folder = train("ebgan", "--data", "mnist", "--data-root", MNIST, "--steps", "1000", *flags,
-                              "--device", "cpu")
+        table, folder = train("ebgan", "--data", "mnist", "--data-root", MNIST, "--steps", "1000",
+                              "--batch-size", "32", *flags, "--device", "cpu")
         pictures = samples(ebgan, folder, 2000)
         if cell["seed"] == 0:
             row = IMAGES / "ebgan-{margin:g}-{pt_weight:g}.png".format(**cell)
@@ -153,7 +153,7 @@ def ebgan_64(jobs: int) -> str:
     columns = ("energy_real", "energy_fake", "loss_d", "swd", "diversity")
 
     def measure(cell: dict) -> dict:
-        table, folder = train("ebgan", "--data", "faces", "--image-size", "64", "--steps", "400",
+        table, folder = train("ebgan", "--data", "faces", "--image-size", "64", "--batch-size", "32", "--steps", "400",
                               "--log-every", "20", "--margin", str(cell["margin"]), "--device", "cpu")
         common.save_grid(samples(ebgan, folder, 12), IMAGES / f"ebgan-64-{cell['margin']:g}.png", columns=12, zoom=1)
         warned = "warning" in (folder.parent / "warnings.txt").read_text()
