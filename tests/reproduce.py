@@ -2,7 +2,7 @@
 
     python tests/reproduce.py began                    # 6 runs of 2,000 steps, two at a time on one thread each
     python tests/reproduce.py ebgan                    # 18 runs of 1,000 steps, on MNIST
-    python tests/reproduce.py ebgan64                  # 4 runs of 400 steps at 64x64
+    python tests/reproduce.py ebgan64                  # 4 runs of 250 steps at 64x64
     python tests/reproduce.py unrolled                 # 36 runs of 3,000 steps
     python tests/reproduce.py wgan_gp                  # 21 runs of 600 steps
     python tests/reproduce.py digits                   # default runs on digits, scored by a classifier
@@ -153,8 +153,8 @@ def ebgan_64(jobs: int) -> str:
     columns = ("energy_real", "energy_fake", "loss_d", "swd", "diversity")
 
     def measure(cell: dict) -> dict:
-        table, folder = train("ebgan", "--data", "faces", "--image-size", "64", "--batch-size", "32", "--steps", "400",
-                              "--log-every", "20", "--margin", str(cell["margin"]), "--device", "cpu")
+        table, folder = train("ebgan", "--data", "faces", "--image-size", "64", "--batch-size", "32", "--steps", "250",
+                              "--log-every", "10", "--margin", str(cell["margin"]), "--device", "cpu")
         common.save_grid(samples(ebgan, folder, 12), IMAGES / f"ebgan-64-{cell['margin']:g}.png", columns=12, zoom=1)
         warned = "warning" in (folder.parent / "warnings.txt").read_text()
         shutil.rmtree(folder.parent)
