@@ -13,7 +13,7 @@ generator G learns to make images that D reconstructs well. A number k_t in [0, 
     python began.py --resume                                       # go on with the newest run
     python began.py --sample 1000; python began.py --interpolate 8 # use what it has learnt
     torchrun --nproc_per_node 8 began.py --data celeba --image-size 128 --width 128 --lr 1e-4 --lambda-k 0.001 \\
-        --steps 200000                                             # the paper's settings, on eight GPUs
+        --eta 1 --steps 200000                                     # the paper's settings, on eight GPUs
 
 Measured: L(G(z)) / L(x) stays within 0.02 of gamma at 0.3, 0.5 and 0.7, and diversity rises with it: 0.53, 0.69, 0.73.
 """

@@ -156,9 +156,6 @@ class TheirGenerator(torch.nn.Sequential):
             ebgan.UpConv(128, 64), torch.nn.BatchNorm2d(64, 0.8), torch.nn.LeakyReLU(0.2),
             torch.nn.Conv2d(64, 1, 3, 1, 1), torch.nn.Tanh())
 
-    def forward(self, z):
-        return super().forward(z)
-
 
 class TheirDiscriminator(torch.nn.Module):
     """The layers of PyTorch-GAN's ebgan.py, for 32x32 grey."""
