@@ -1,0 +1,86 @@
+"""CUDA graphs without a GPU: a step is recorded operation by operation on the CPU, and replayed as a graph would be.
+
+A graph repeats the device's work alone. What Python does in a step (a counter, an ``if``, a number read back) happens
+once, while it is recorded, and would be wrong in every replay.
+"""
+
+import contextlib
+import functools
+
+import common
+import pytest
+import torch
+from conftest import load, module, rows, same_state
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+HOST_READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
+
+
+class Graph(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph; as a context manager, for the capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.replays = [], 0
+
+    def __torch_dispatch__(self, operation, types, inputs=(), options=None):
+        name = operation._schema.name
+        if name in HOST_READS:
+            raise RuntimeError(f"{name}: the host cannot wait for the device while a graph is captured")
+        outputs = operation(*inputs, **(options or {}))
+        self.operations.append((operation, inputs, options or {}, outputs))
+        return outputs
+
+    def replay(self):
+        self.replays += 1
+        if self.replays == 1:  # a capture on CUDA runs nothing; this one has, so the first replay is done
+            return
+        for operation, inputs, options, outputs in self.operations:
+            with torch._C._AutoDispatchBelowAutograd():  # the gradients' operations have been recorded themselves
+                again = operation(*inputs, **options)
+            if any(result.alias_info for result in operation._schema.returns) or not operation._schema.returns:
+                continue  # a view, or a change in place: what it shows has changed already
+            for old, new in zip(tree_leaves(outputs), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.data.copy_(new)
+
+
+@pytest.fixture
+def graphs(script, monkeypatch) -> list[Graph]:
+    """Makes the script capture its step on the CPU; the graphs that it captured."""
+    captured = []
+
+    @contextlib.contextmanager
+    def capture(graph, **_):
+        captured.append(graph)
+        with graph, torch.device("meta"):  # a tensor made without ``device=`` would not lie on the GPU, nor here
+            yield
+
+    stream = type("Stream", (), {"wait_stream": lambda *_: None})
+    for name, stands_in in dict(CUDAGraph=Graph, graph=capture, Stream=stream, current_stream=stream,
+                                stream=lambda _: contextlib.nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, stands_in)
+    monkeypatch.setattr(module(script), "iter", lambda step, _: module(script).replays(step), raising=False)
+    return captured
+
+
+@pytest.mark.parametrize("script, more", [
+    ("began", ""), ("began", "--precision bf16 --hflip"), ("ebgan", ""), ("ebgan", "--precision bf16 --layers paper"),
+    ("unrolled_gan", ""), ("unrolled_gan", "--unroll-steps 0 --data grid"), ("unrolled_gan", "--fresh --g-loss saddle"),
+    ("wgan_gp", ""), ("wgan_gp", "--precision bf16 --no-augment")])
+def test_replays_equal_eager_steps(script, more, flags, tmp_path, request):
+    flags = [*flags, "--steps", "8", "--log-every", "1", *more.split()]
+    module(script).main([*flags, "--out", str(tmp_path / "eager")])
+    graphs = request.getfixturevalue("graphs")
+    module(script).main([*flags, "--out", str(tmp_path / "replayed")])
+    assert [graph.replays for graph in graphs] == [5]  # three steps warm up
+    assert rows(tmp_path / "eager") == rows(tmp_path / "replayed")
+    assert same_state(load(tmp_path / "eager/checkpoint.pt"), load(tmp_path / "replayed/checkpoint.pt"))
+
+
+@pytest.mark.parametrize("script", ["wgan_gp"])  # it takes several batches in a step
+def test_replays_take_what_the_host_has_filled_in(script, flags, tmp_path, request, monkeypatch):
+    from_host = functools.partialmethod(common.Batches.__init__, resident=False)
+    monkeypatch.setattr(common.Batches, "__init__", from_host)
+    test_replays_equal_eager_steps(script, "", flags, tmp_path, request)
