@@ -4,9 +4,9 @@
     python tests/bench.py began --json out.json
     python tests/bench.py unrolled               # needs ``pip install higher``, for the other side
 
-Prints, for every script: images and steps a second of our step, of our step without a CUDA graph, and of the textbook
-step; their ratios (medians over alternating rounds, with the range); and the share of the machine's measured
-matrix-product rate that our step's floating-point operations reach.
+Prints, for every script: the milliseconds of our step, of our step without a CUDA graph, and of the textbook step; the
+images a second of ours; their ratios (medians over alternating rounds, with the range); the share of the machine's
+measured matrix-product rate that our step's floating-point operations reach; and, on a GPU, the peak memory.
 """
 
 import argparse
@@ -331,13 +331,19 @@ def bench(name: str, device: torch.device, seconds: float, extra: list[str]) -> 
     args = module.parse_arguments([*flags, *extra, "--device", device.type])
     size, channels = getattr(args, "image_size", 2), 1 if module is ebgan else 3
     images = torch.randint(256, (2048, channels, size, size), dtype=torch.uint8)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     step, refill = our_step(module, args, images, networks)
     contestants = {"ours": iter(step, None)} if device.type == "cpu" else {
         "ours": module.replays(step), "eager": iter(our_step(module, args, images, networks)[0], None)}
     contestants["textbook"] = iter(make_textbook(args, images, device), False)
-    for run in contestants.values():
+    peaks = {}
+    for name_, run in contestants.items():  # ours first: its peak is its own
         for _ in range(5):
             next(run)
+        if device.type == "cuda":
+            peaks[name_] = torch.cuda.max_memory_allocated(device) / 2**20
     times = {name: [] for name in contestants}
     for _ in range(ROUNDS):
         for name_, run in contestants.items():
@@ -363,9 +369,7 @@ def bench(name: str, device: torch.device, seconds: float, extra: list[str]) -> 
         ratios = [value / our for value, our in zip(values, times["ours"])]
         result[f"{name_}_over_ours"] = [min(ratios), statistics.median(ratios), max(ratios)]
     result["images_per_s"] = args.batch_size / ours
-    if device.type == "cuda":
-        result["peak_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-    return result
+    return result | ({"peak_mib": peaks["ours"]} if peaks else {})
 
 
 def main() -> None:
@@ -383,7 +387,8 @@ def main() -> None:
         print("  {gflop_per_step:.1f} GFLOP a step: {share:.0f} % of the {matrix_gflop_per_s:.0f} GFLOP/s of a matrix "
               "product".format(share=100 * result["share_of_matrix_rate"], **result))
         if "eager_ms" in result:
-            print(f"  without a graph {result['eager_ms']:.1f} ms: {result['eager_over_ours'][1]:.2f} times ours")
+            print(f"  without a graph {result['eager_ms']:.1f} ms: {result['eager_over_ours'][1]:.2f} times ours; "
+                  f"peak memory {result['peak_mib']:.0f} MiB")
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1))
 
