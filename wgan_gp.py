@@ -616,8 +616,8 @@ def train(args: argparse.Namespace) -> Path:
         averages = average([value.detach() for value in values.values()])
         return dict(zip(values, averages)) | dict(lr=lr.clone())
 
-    shown = common.normalise(images[torch.linspace(0, len(images) - 1, 256).long()].to(device))
-    seen = augment(shown[:64])  # drawn here, so that no picture takes a random number from the training
+    # The data as the critic sees them, drawn here, so that no picture takes a random number from the training.
+    shown = augment(common.normalise(images[torch.linspace(0, len(images) - 1, 256).long()].to(device)))
 
     @torch.no_grad()
     def measure(row: dict[str, float]) -> dict[str, float]:
@@ -629,7 +629,7 @@ def train(args: argparse.Namespace) -> Path:
         common.save_grid(ema(fixed_z[:64]), folder / f"samples/{now:06d}.png")
         common.save_grid(generator(fixed_z[:64]), folder / f"plain/{now:06d}.png")  # without the average
         if now == 0:
-            common.save_grid(seen, folder / "samples/real.png")
+            common.save_grid(shown[:64], folder / "samples/real.png")
             return
         panels = [("critic_loss", "generator_loss"), ("wasserstein",), ("gradient_norm", "penalty"), ("lr",),
                   ("swd", "diversity")]

@@ -306,14 +306,16 @@ def test_pictures_take_no_random_number_from_the_training(data_flags, tmp_path):
     assert same_state(load(tmp_path / "often/checkpoint.pt"), load(tmp_path / "once/checkpoint.pt"))
 
 
-def test_real_png_shows_the_augmented_data(data_flags, pictures, tmp_path):
-    flags = [*TINY["wgan_gp"], *data_flags["wgan_gp"], "--steps", "1"]
+def test_real_png_shows_the_augmented_data_that_samples_are_compared_with(data_flags, pictures, tmp_path, monkeypatch):
+    flags, seen = [*TINY["wgan_gp"], *data_flags["wgan_gp"], "--steps", "1"], []
+    monkeypatch.setattr(common, "sliced_wasserstein", lambda samples, data: seen.append(data) or 0.0)
     wgan_gp.main([*flags, "--out", str(tmp_path / "on")])
+    common.save_grid(seen[0][:64], tmp_path / "seen.png")
     wgan_gp.main([*flags, "--no-augment", "--out", str(tmp_path / "off")])
     images = common.load_images(str(pictures), 16, root=flags[flags.index("--data-root") + 1])
     common.save_grid(images[torch.linspace(0, len(images) - 1, 256).long()][:64], tmp_path / "plain.png")
     on, off = ((tmp_path / name / "samples/real.png").read_bytes() for name in ("on", "off"))
-    assert off == (tmp_path / "plain.png").read_bytes() != on
+    assert off == (tmp_path / "plain.png").read_bytes() != on == (tmp_path / "seen.png").read_bytes()
 
 
 # ---- growing
