@@ -195,7 +195,7 @@ def wgan_gp_ablation(jobs: int) -> str:
 
     lines = run_cells("wgan_gp", cells, measure, jobs)
     columns = ("swd_seen", "swd", "diversity")
-    text = "| without | SWD, as seen | SWD, as drawn | diversity |\n|---|---|---|---|\n"
+    text = "| without | SWD, as seen | SWD, as drawn | diversity, as drawn |\n|---|---|---|---|\n"
     for name in without:
         group = [line for line in lines if line["without"] == name]
         show = " | ".join(spread([line[column] for line in group], 3) for column in columns)
