@@ -595,8 +595,8 @@ def train(args: argparse.Namespace) -> Path:
         z = torch.cat([mine(normal(args.batch_size, args.latent, device)) for _ in range(args.n_critic)])
         with torch.no_grad(), autocast():
             fakes = generator(z).to(z).chunk(args.n_critic)  # of all the critic's updates at once
-        for number, fake in enumerate(fakes):
-            real = augment(batches(number), *ranks())
+        for turn, fake in enumerate(fakes):
+            real = augment(batches(turn), *ranks())
             with autocast():
                 real_scores, fake_scores = critic(real).to(real), critic(fake).to(fake)
             penalty = gradient_penalty(critic, real, fake)
@@ -686,8 +686,8 @@ def interpolate(args: argparse.Namespace) -> Path:
     begin = begin.repeat_interleave(2, dim=0)
     walk = torch.stack([generator(slerp(begin, end, step / 22)) for step in range(23)], dim=1)
     common.save_strip(walk[:, ::2], folder / "walks.png")
-    for number, frame in enumerate(walk.unbind(dim=1)):
-        common.save_grid(frame, folder / f"frames/{number:02d}.png")
+    for count, frame in enumerate(walk.unbind(dim=1)):
+        common.save_grid(frame, folder / f"frames/{count:02d}.png")
     frames = sorted(folder.glob("frames/*.png"))
     common.save_gif(frames + frames[-2:0:-1], folder / "walks.gif", hold=120)  # there and back
     return folder
