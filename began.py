@@ -598,7 +598,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
         use = sample if args.sample else interpolate if args.interpolate else embed if args.embed else train
-        print(f"{SCRIPT}: all is in {use(args)}")
+        folder = use(args)
+        if ranks()[0] == 0:
+            print(f"{SCRIPT}: all is in {folder}")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{SCRIPT}.py: error: {error}")
     finally:

@@ -607,7 +607,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = parse_arguments(argv)
     try:
-        print(f"{SCRIPT}: all is in {(sample if args.sample else train)(args)}")
+        folder = (sample if args.sample else train)(args)
+        if ranks()[0] == 0:
+            print(f"{SCRIPT}: all is in {folder}")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{SCRIPT}.py: error: {error}")
     finally:

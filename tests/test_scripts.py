@@ -183,7 +183,8 @@ def close(one: dict, two: dict, within: float) -> bool:
 
 def test_two_ranks_equal_one(script, flags, tmp_path):
     ten = [*flags, *RANKS.get(script, []), "--steps", "10", "--log-every", "5", "--save-every", "5"]
-    assert run(script, *ten, "--out", "two", cwd=tmp_path, ranks=2).returncode == 0
+    done = run(script, *ten, "--out", "two", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0 and done.stdout.count("all is in") == 1
     module(script).main([*ten, "--out", str(tmp_path / "one")])
     assert close(load(tmp_path / "one/checkpoint.pt"), load(tmp_path / "two/checkpoint.pt"), 1e-5)
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
