@@ -92,4 +92,4 @@ def test_captured_steps_equal_eager_steps_on_a_gpu(script, flags, tmp_path):
     module(script).main([*flags, "--out", str(tmp_path / "replayed")])
     module(script).main([*flags, "--out", str(tmp_path / "eager"), "--no-graph"])
     one, two = (load(tmp_path / name / "checkpoint.pt")["state"]["generator"] for name in ("replayed", "eager"))
-    torch.testing.assert_close(one, two, rtol=0, atol=2e-4)  # Adam's eight steps are up to 3e-3 in all
+    torch.testing.assert_close(one, two, rtol=0, atol=2e-4)  # Adam's eight steps are ten times as far, or more
