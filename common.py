@@ -11,15 +11,53 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import cycle, zip_longest
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """Write a file completely or not at all: `with atomic_write("a.pt") as file: torch.save(state, file)`.
+
+    `file` is a hidden temporary file beside `path` with the same suffix. When the block ends, it is synced to the disk
+    (unless `sync` is off) and renamed to `path`. When anything fails, `path` stays as it was and the temporary file is
+    removed; a failed write is an OSError of one line that names `path`. Only one process may write a path at a time.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the reason, such as a full disk, behind a RuntimeError
+        reason = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
+        raise OSError(f"cannot write {ascii(str(path))}: {_reason(reason)}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one short ASCII line without the path."""
+    text = getattr(error, "strerror", None) or str(error).partition(" file '")[0]
+    return ascii(f"{type(error).__name__}: {text}")[1:-1][:160]
+
 
 # ---- drawings --------------------------------------------------------------------------------------------------------
 
@@ -503,12 +541,6 @@ def _cached(name: str, content: list, items: Sequence, read: Callable, image_siz
             temporary.unlink()
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong, in one short ASCII line without the path."""
-    text = getattr(error, "strerror", None) or str(error).partition(" file '")[0]
-    return ascii(f"{type(error).__name__}: {text}")[1:-1][:160]
-
-
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
@@ -604,11 +636,12 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, zoom
 
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"a grid needs images [N, C, H, W] with N > 0, got {tuple(images.shape)}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     zoom = zoom or max(1, min(4, 1024 // (columns * images.shape[-1])))
     pixels = to_bytes(images).cpu().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
-    Image.fromarray(make_grid(pixels, nrow=columns, pad_value=255).permute(1, 2, 0).numpy()).save(path)
+    grid = Image.fromarray(make_grid(pixels, nrow=columns, pad_value=255).permute(1, 2, 0).numpy())
+    with atomic_write(path) as file:
+        grid.save(file)
 
 
 def save_strip(rows: Tensor, path: str | Path) -> None:
@@ -618,12 +651,12 @@ def save_strip(rows: Tensor, path: str | Path) -> None:
 
 def save_pngs(images: Tensor, folder: str | Path, first: int = 0) -> None:
     """Write images [N, C, H, W] (as for `save_grid`) as folder/00000.png and so on, numbered from `first`."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     arrays = to_bytes(images).cpu().permute(0, 2, 3, 1).numpy()
     arrays = arrays[..., 0] if arrays.shape[-1] == 1 else arrays
 
     def save(i: int) -> None:
-        Image.fromarray(arrays[i]).save(Path(folder, f"{first + i:05d}.png"), compress_level=1)
+        with atomic_write(Path(folder, f"{first + i:05d}.png"), sync=False) as file:
+            Image.fromarray(arrays[i]).save(file, compress_level=1)
 
     with ThreadPoolExecutor() as pool:  # Pillow compresses outside the interpreter lock
         list(pool.map(save, range(len(arrays))))  # list() raises what a thread raised
@@ -647,7 +680,8 @@ def save_gif(frames: list, path: str | Path, ms: int = 120, hold: int = 1500, li
     # Each frame has its own palette, as colours drift in training; dithering would flicker and swell the file.
     images = [load(f).resize(size).reduce(factor).quantize(256, dither=Image.Dither.NONE) for f in kept]
     durations = [ms] * (len(images) - 1) + [hold]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    with atomic_write(path) as file:
+        images[0].save(file, save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
 def density_picture(points: Tensor, extent: float, size: int = 200, blur: float = 0.02) -> Image.Image:
@@ -678,7 +712,8 @@ def save_panels(panels: list[Image.Image], titles: list[str], path: str | Path) 
         left = gap + i * (width + gap)
         strip.paste(panel, (left, head))
         draw.text((left + width / 2, head / 2), title, "#333333", font, "mm")
-    strip.save(path)
+    with atomic_write(path) as file:
+        strip.save(file)
 
 
 def save_chart(
@@ -702,7 +737,8 @@ def save_chart(
         panel = Image.new("RGB", (420 * scale, 250 * scale), "white")
         _draw_panel(panel, scale, table["step"], {n: table[n] for n in names}, not set(names).isdisjoint(log))
         chart.paste(panel.reduce(scale), (420 * (i % across), 250 * (i // across)))
-    chart.save(path)
+    with atomic_write(path) as file:
+        chart.save(file)
 
 
 def _draw_panel(panel: Image.Image, scale: int, x: np.ndarray, lines: dict[str, np.ndarray], log: bool) -> None:

@@ -23,6 +23,75 @@ from common import load_images, load_labels
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
+def python(code: str, **options) -> subprocess.CompletedProcess:
+    """Runs Python code beside common.py in its own process."""
+    return subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, text=True,
+                          capture_output=True, **options)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "a.txt"
+    with common.atomic_write(file) as out:
+        out.write(b"old")
+        assert not file.exists() and Path(out.name).parent == file.parent and out.name.endswith(".txt")
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), common.atomic_write(file) as out:
+            out.write(b"new")
+            raise error
+        assert file.read_bytes() == b"old" and list(file.parent.iterdir()) == [file]
+    with common.atomic_write(str(file), sync=False) as out:
+        out.write(b"new")
+    assert file.read_bytes() == b"new" and list(file.parent.iterdir()) == [file]
+
+
+def test_a_killed_write_leaves_the_file_and_is_made_up_for(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_text("old")
+    code = f"""if True:
+        import common, os
+        with common.atomic_write({str(tmp_path / "a.pt")!r}) as out:
+            out.write(bytes(1_000_000))
+            os._exit(9)"""
+    assert python(code).returncode == 9 and (tmp_path / "a.pt").read_text() == "old"
+    with common.atomic_write(tmp_path / "a.pt") as out:
+        out.write(b"new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+@pytest.mark.parametrize("name, write", [
+    ("a.pt", "with common.atomic_write(path) as file: torch.save(torch.zeros(99_999), file)"),
+    ("a.u8", "with common.atomic_write(path) as file: file.write(bytes(999_999))"),
+    ("a.png", "common.save_grid(noise, path)"),
+    ("00000.png", "common.save_pngs(noise, os.path.dirname(path))"),
+    ("a.gif", "common.save_gif([common.Image.fromarray(noise[0].permute(1, 2, 0).numpy())], path)"),
+    ("b.png", "common.save_panels([common.Image.fromarray(noise[0, 0].numpy())], ['a'], path)"),
+])
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, name: str, write: str) -> None:
+    """A limit on the size of a file stands in for the full disk."""
+    (tmp_path / name).write_text("old")
+    code = f"""if True:
+        import common, os, resource, torch
+        path, noise = {str(tmp_path / name)!r}, torch.randint(256, (1, 3, 300, 300), dtype=torch.uint8)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))
+        try:
+            {write}
+        except OSError as error:
+            print(error)"""
+    result = python(code)
+    assert result.stdout == f"cannot write {str(tmp_path / name)!r}: OSError: File too large\n", result.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_the_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "line\nbreak.png").mkdir()
+    for name, reason in (("file/a.png", "FileExistsError"), ("line\nbreak.png", "IsADirectoryError")):
+        with pytest.raises(OSError) as error:
+            common.save_grid(torch.zeros(1, 3, 8, 8), tmp_path / name)
+        assert str(error.value).startswith(f"cannot write {str(tmp_path / name)!r}: {reason}")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def pixel(folder: Path, root: Path, channels: int | None = None, size: int = 8) -> list[int]:
     """The middle pixel of the only picture in a folder."""
     images = load_images(str(folder), size, channels, str(root))
