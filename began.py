@@ -6,29 +6,28 @@ generator G learns to make images that D reconstructs well. A number k_t in [0, 
     L(v)    = mean |v - D(v)|^eta                                          reconstruction loss of images v
     L_D     = L(x) - k_t L(G(z))           L_G = L(G(z))                   losses of D and of G
     k_{t+1} = clip(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1)            holds L(G(z)) / L(x) at gamma
-    M       = L(x) + |gamma L(x) - L(G(z))|                                measure of convergence, steers the rate
+    M       = L(x) + |gamma L(x) - L(G(z))|                                convergence measure, controls the rate
 
-    python began.py --gamma 0.5                                    # drawn faces, 32x32
+    python began.py --gamma 0.5                                    # procedural faces, 32x32
     python began.py --data photos --image-size 64                  # a folder of your own pictures
-    python began.py --resume                                       # go on with the newest run
-    python began.py --sample 1000; python began.py --interpolate 8 # use what it has learnt
-    torchrun --nproc_per_node 8 began.py --data celeba --image-size 128 --width 128 --lr 1e-4 --lambda-k 0.001 \\
-        --eta 1 --steps 200000                                     # the paper's settings, on eight GPUs
+    python began.py --resume                                       # continue the newest run
+    python began.py --sample 1000; python began.py --interpolate 8 # use the trained generator
+    torchrun --nproc_per_node 8 began.py --data celeba --image-size 128 --width 128 --batch-size 128 --lr 1e-4 \\
+        --lambda-k 0.001 --eta 1 --residual-steps 16000 --steps 200000     # the paper's networks, 16 images per GPU
+    python began.py --data celeba --image-size 64 --width 64 --lr 1e-4 --lambda-k 0.001 --eta 1 --steps 200000 \\
+        --betas 0.9 0.999                                          # the paper's settings at 64x64, on one GPU
 
 Measured: L(G(z)) / L(x) stays within 0.02 of gamma at 0.3, 0.5 and 0.7, and diversity rises with it: 0.53, 0.69, 0.73.
 """
 
 import argparse
 import contextlib
+import copy
 import datetime
 import itertools
-import json
 import math
 import os
-import shutil
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -39,47 +38,7 @@ from torch import Tensor, nn
 
 import common
 
-# ---- arguments ------------------------------------------------------------------------------------------------------
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads and checks the command line; exits with one clear line where a flag is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--data", default="faces", help="digits, faces, fish, mnist, fashion, cifar10, celeba, or a folder of pictures")
-    add("--data-root", default="data", help="folder for downloads and the picture cache")
-    add("--image-size", type=int, choices=(16, 32, 64, 128, 256), default=32, help="height and width, pixels")
-    add("--hflip", action="store_true", help="mirror every second real image")
-    add("--batch-size", type=number(int, 1), default=16, help="images in a batch, over all ranks")
-    add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
-    add("--lr", type=number(float, 1e-9, 1), default=4e-4, help="Adam's first learning rate, both networks")
-    add("--lr-min", type=number(float, 0, 1), default=2e-5, help="floor under the halving of the rate")
-    add("--lr-patience", type=number(int, 1), default=150, help="steps without a better M until the rate halves")
-    add("--gamma", type=number(float, 0, 1), default=0.5, help="diversity ratio L(G(z)) / L(x); paper: 0.3 to 0.7")
-    add("--lambda-k", type=number(float, 0, 1), default=0.2, help="rate of k_t; paper: 0.001, for long runs")
-    add("--eta", type=int, choices=(1, 2), default=2, help="norm of the reconstruction loss")
-    add("--width", type=number(int, 1), default=32, help="the paper's n: channels of the first layer")
-    add("--latent", type=number(int, 1), default=64, help="length of z and of D's code")
-    add("--skip", action=argparse.BooleanOptionalAction, default=True, help="decoders' skip connections")
-    add("--residual-steps", type=number(int, 0), default=0, help="steps of vanishing residuals (paper: 16000); 0: none")
-    add("--seed", type=number(int, 0), default=0, help="seed of weights, batches and noise")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the networks")
-    add("--no-graph", action="store_true", help="no CUDA graph: run every step eagerly")
-    add("--log-every", type=number(int, 1), default=100, help="steps between rows of metrics.csv")
-    add("--sample-every", type=number(int, 1), default=100, help="steps between sample pictures")
-    add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
-    add("--keep", action="store_true", help="keep a numbered copy of every checkpoint")
-    add("--out", help="run folder (default: the next free runs/began-001); with --sample and the like, their folder")
-    add("--checkpoint", metavar="FILE", help="what the following take instead of the newest run's checkpoint.pt")
-    instead = parser.add_mutually_exclusive_group().add_argument
-    instead("--resume", action="store_true", help="go on with the newest run, or that of --out or --checkpoint")
-    instead("--sample", type=number(int, 1), metavar="N", help="train nothing, write N samples as numbered PNGs")
-    instead("--interpolate", type=number(int, 1), metavar="N", help="train nothing, write N walks between random z")
-    instead("--embed", metavar="FOLDER", help="train nothing, find z for a folder's pictures and walk between them")
-    return settings(parser, argv)
-
+SCRIPT = "began"  # checkpoints carry this name, whatever the file is called
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -167,293 +126,50 @@ class Discriminator(nn.Module):
 
 
 def reconstruction_loss(images: Tensor, reconstructions: Tensor, eta: float = 1.0) -> Tensor:
-    """L(v) = |v - D(v)|^eta, the mean over everything; both arguments [N, C, H, W], the result a scalar (eq. 1)."""
+    """L(v) = |v - D(v)|^eta (eq. 1): two tensors of one shape, as [N, C, H, W], to the scalar mean over everything.
+
+    Raises ValueError where the shapes differ.
+    """
+    if images.shape != reconstructions.shape:
+        raise ValueError(f"shapes differ: {tuple(images.shape)} and {tuple(reconstructions.shape)}")
     return (images - reconstructions).abs().pow(eta).mean()
 
 
 def balance(k: Tensor, real_loss: Tensor, fake_loss: Tensor, gamma: float, lambda_k: float) -> tuple[Tensor, Tensor]:
-    """Scalars k_{t+1} = clip(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1), M = L(x) + |gamma L(x) - L(G(z))|."""
+    """k_{t+1} = clip(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1) and M = L(x) + |gamma L(x) - L(G(z))|, scalars."""
     gap = gamma * real_loss - fake_loss
     return (k + lambda_k * gap).clamp(0, 1), real_loss + gap.abs()
 
 
 def halve_on_stall(m: Tensor, lr: Tensor, smooth: Tensor, best: Tensor, waited: Tensor, patience: int, floor: float):
-    """Halves ``lr`` when the running mean ``smooth`` of M has had no new minimum for ``patience`` steps.
+    """Halve ``lr`` when the running mean ``smooth`` of M has had no new minimum ``best`` for ``patience`` steps.
 
-    All are scalars on the device; lr, smooth, best and waited (start: inf, inf, 0) change in place. The floor is there
-    because long runs are known to collapse once the rate has decayed away.
+    All are scalars on the device; lr, smooth, best and waited (start: 0, the largest float, 0) change in place. The
+    floor is there because long runs are known to collapse once the rate has decayed away.
     """
-    smooth.copy_(torch.where(smooth.isinf(), m, torch.lerp(smooth, m, 0.01)))
+    smooth.copy_(torch.where(best == torch.finfo(best.dtype).max, m, torch.lerp(smooth, m, 0.01)))
     waited.copy_(torch.where(smooth < best, 0, waited + 1))
     best.copy_(torch.minimum(smooth, best))
     lr.copy_(torch.where(waited < patience, lr, (lr / 2).clamp(min=floor)))
     waited.copy_(torch.where(waited < patience, waited, 0))
 
 
-# ---- plumbing: the same text in all four scripts; it knows nothing of GANs ------------------------------------------
+@torch.no_grad()
+def update_ema(ema: nn.Module, network: nn.Module, updates: Tensor, decay: float) -> None:
+    """Move the averaged network: ema <- d ema + (1 - d) network, buffers too, with d = min(decay, t / (t + 9)).
 
-SCRIPT = Path(__file__).stem
-ACTIONS = {"resume", "sample", "interpolate", "embed"}
-MAY_CHANGE = {"steps", "data_root", "device", "no_graph", "log_every", "sample_every", "save_every", "keep", "out"}
-
-
-def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
-    """An argparse type: a number of this kind, from low to high."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        name = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low:g} to {high:g}")
-
-    return parse
-
-
-def settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The command line's settings; a resumed run's are its saved ones, of which only MAY_CHANGE can be given anew."""
-    args = parser.parse_args(argv)
-    if args.checkpoint and not any(getattr(args, action, None) for action in ACTIONS):
-        choice = ", ".join(f"--{action}" for action in sorted(ACTIONS) if hasattr(args, action))
-        parser.error(f"argument --checkpoint: goes with one of {choice}")
-    if not args.resume:
-        if args.out and os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
-            parser.error(f"argument --out: {args.out} is not empty; name a new folder, or --resume the run in it")
-        return args
-    try:
-        checkpoint = find_checkpoint(args)
-        saved = read_checkpoint(checkpoint)["config"]
-    except (ValueError, OSError) as error:
-        parser.error(f"argument --resume: {error}")
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    for name, value in saved.items():
-        new = getattr(args, name)
-        if new != value and name not in MAY_CHANGE or name == "steps" and new < value:
-            parser.error(f"argument --{name.replace('_', '-')}: the run has {value}, and cannot go on with {new}")
-    args.out, args.checkpoint = str(checkpoint.parent), str(checkpoint)
-    return args
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path:
-    """--checkpoint, or with --resume that of --out, or else the newest run's. Raises OSError."""
-    if args.checkpoint or args.resume and args.out:
-        return Path(args.checkpoint or Path(args.out, "checkpoint.pt"))
-    runs = Path("runs").glob(f"{SCRIPT}-*/checkpoint.pt")
-    with contextlib.suppress(ValueError):
-        return max(runs, key=lambda path: path.stat().st_mtime)
-    raise FileNotFoundError(f"no run of {SCRIPT}.py in {Path('runs').absolute()}; name one by --checkpoint")
-
-
-def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """A checkpoint's content: script, config, state, random numbers. Raises OSError, or ValueError for other files."""
-    open(path, "rb").close()  # raises OSError where there is no such file
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch raise, OSError among it
-        raise ValueError(f"{path} is not a checkpoint that can be read") from error
-    if not isinstance(content, dict) or content.get("script") != SCRIPT:
-        raise ValueError(f"{path} is not a checkpoint of {SCRIPT}.py")
-    return content
-
-
-def new_folder(stem: str | Path) -> Path:
-    """Makes the first of stem-001, stem-002, ... that is not there yet."""
-    for count in itertools.count(1):
-        with contextlib.suppress(FileExistsError):
-            folder = Path(f"{stem}-{count:03d}")
-            folder.mkdir(parents=True)
-            return folder
-
-
-def in_turn(load: Callable[[], Tensor]) -> Tensor:
-    """Loads on rank 0 first, so that it alone downloads and builds caches."""
-    rank, world = ranks()
-    if rank > 0:
-        dist.barrier()
-    data = load()
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return data
-
-
-def start(args: argparse.Namespace) -> torch.device:
-    """Joins the ranks that torchrun has started, if any; seeds; returns the device. Raises ValueError."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = torch.device(args.device if args.device != "auto" else next(kind for kind in found if found[kind]))
-    if not found[device.type]:
-        raise ValueError(f"--device {args.device}: this machine has none; accepted: auto, cpu")
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
-    if args.batch_size % ranks()[1]:
-        raise ValueError(f"--batch-size {args.batch_size}: accepted are multiples of the {ranks()[1]} ranks")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 for matrix products, as convolutions have it by default
-    torch.manual_seed(args.seed)  # alike on every rank: the same weights and the same global batches
-    return device
-
-
-def ranks() -> tuple[int, int]:
-    """This process's rank and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def mine(batch: Tensor) -> Tensor:
-    """This rank's share of a global batch. All ranks draw it alike, so that one process and N train the same."""
-    return batch.chunk(ranks()[1])[ranks()[0]]
-
-
-def average(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Means over the ranks, by one all-reduce of all the tensors laid end to end."""
-    tensors = list(tensors)
-    if ranks()[1] == 1:
-        return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    parts = (flat / ranks()[1]).split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
-
-
-def update(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> None:
-    """One step of the optimiser by these gradients, averaged over the ranks, and by nothing left over from before."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter, gradient in zip(parameters, average(gradients), strict=True):
-        same = gradient.stride() == parameter.stride()  # fused Adam takes one memory layout for granted
-        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
-    optimizer.step()
-
-
-def replays(step: Callable[[], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Runs a step as a CUDA graph: three eager steps to warm up, one capture, and from then on its replays."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    for _ in range(3):  # on the stream of the capture, so that the libraries are set up for it
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            values = step()
-        torch.cuda.current_stream().wait_stream(stream)
-        yield values
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # records, runs nothing
-        values = step()
-    while True:
-        graph.replay()
-        yield values
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Notes Ctrl-C and SIGTERM in the list it yields, to be looked at between steps; a second one stops at once."""
-    stops: list[int] = []
-
-    def note(kind: int, _: object) -> None:
-        if stops:
-            raise KeyboardInterrupt
-        stops.append(kind)
-
-    handlers = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stops
-    finally:
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
-
-
-def save(folder: Path, state: dict, config: dict) -> None:
-    """Writes checkpoint.pt whole or not at all: to a temporary file, then renamed. --keep adds a numbered copy."""
-    content = {"script": SCRIPT, "config": config, "rng": torch.get_rng_state()}
-    content["cuda_rng"] = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    content["state"] = {name: item if isinstance(item, Tensor) else item.state_dict() for name, item in state.items()}
-    with open(folder / "checkpoint.tmp", "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if config["keep"]:
-        shutil.copyfile(file.name, folder / f"checkpoint-{int(state['step']):06d}.pt")
-    os.replace(file.name, folder / "checkpoint.pt")
-
-
-def restore(path: str, state: dict, device: torch.device) -> None:
-    """Puts a checkpoint into ``state``, in place, and sets the random numbers back to where they were."""
-    content = read_checkpoint(path, device)
-    for name, item in state.items():
-        if isinstance(item, Tensor):
-            item.copy_(content["state"][name])
-            continue
-        rates = [group["lr"] for group in getattr(item, "param_groups", [])]
-        item.load_state_dict(content["state"][name])
-        for rate, group in zip(rates, getattr(item, "param_groups", [])):
-            group["lr"] = rate  # an optimiser loads a copy, but the step changes the tensor in ``state``
-    torch.set_rng_state(content["rng"].cpu())
-    if device.type == "cuda" and content["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(content["cuda_rng"].cpu())
-
-
-def loop(args: argparse.Namespace, state: dict, device: torch.device, step: Callable[[], dict[str, Tensor]],
-         refill: Callable[[], None], measure: Callable[[dict], dict], dump: Callable[[Path, int], None]) -> Path:
-    """Runs ``step`` up to --steps; returns the run's folder. Raises FloatingPointError, and SystemExit after Ctrl-C.
-
-    The host reads numbers back once every --log-every steps: their means, so that a non-finite value at any step
-    shows. Only after that look does rank 0 write a row, with what ``measure`` adds, pictures and checkpoints.
+    t is the scalar ``updates``, counted from 0. So d warms up, and the average leaves the first weights behind soon.
     """
-    rank, world = ranks()
-    if args.resume:
-        restore(args.checkpoint, state, device)
-    elif rank == 0:
-        args.out = args.out or str(new_folder(Path("runs", SCRIPT)))
-    folder, first = Path(args.out or ""), int(state["step"])
-    config = {name: value for name, value in vars(args).items() if name not in ACTIONS | {"checkpoint"}}
-    table = folder / "metrics.csv"
-    if rank == 0:
-        print(f"{SCRIPT}: {folder}, step {first} to {args.steps}, {device}, {world} rank(s)", flush=True)
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
-        if not first:
-            save(folder, state, config)
-            dump(folder, 0)
-        elif table.exists():  # what came after the checkpoint will come again
-            header, *rows = table.read_text().splitlines(True)
-            rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) <= first]
-            table.write_text(header + "".join(rows))
-    run = iter(step, None) if args.no_graph or device.type != "cuda" else replays(step)
-    sums, last, clock = 0, first, time.perf_counter()
-    with interruptible() as stops:
-        for now in range(first + 1, args.steps + 1):
-            refill()
-            values = next(run)
-            sums = sums + torch.stack(list(values.values()))
-            if now % args.log_every and now < args.steps:
-                continue
-            row = dict(zip(values, (sums / (now - last)).tolist()))
-            show = lambda: "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-            if not all(map(math.isfinite, row.values())):
-                raise FloatingPointError(f"step {now}: {show()}; the last good checkpoint is {folder}/checkpoint.pt")
-            stop = bool(average([torch.tensor(float(len(stops)), device=device)])[0])  # all ranks stop at one step
-            state["step"].fill_(now)
-            if rank == 0:
-                row |= measure(row)
-                seconds = time.perf_counter() - clock
-                with open(table, "a") as file:
-                    if file.tell() == 0:
-                        print("step", *row, "seconds", sep=",", file=file)
-                    print(now, *(f"{value:.6g}" for value in row.values()), f"{seconds:.1f}", sep=",", file=file)
-                pace = (now - first) / seconds
-                left = (args.steps - now) / pace
-                print(f"{now}/{args.steps}  {show()}  {pace:.1f} steps/s  {left:.0f} s left", flush=True)
-                due = lambda every: now // every > last // every or now == args.steps or stop
-                if due(args.sample_every):
-                    dump(folder, now)
-                if due(args.save_every):
-                    save(folder, state, config)
-            if stop:
-                message = f"stopped at step {now}; to go on: python {SCRIPT}.py --resume --out {folder}"
-                raise SystemExit(message if rank == 0 else 1)
-            sums, last = 0, now
-    if world > 1:
-        dist.barrier()  # ranks leave together: gloo may abort one that goes first
-    return folder
+    weight = (9 / (updates + 9)).clamp(min=1 - decay)
+    averages, values = (itertools.chain(n.parameters(), n.buffers()) for n in (ema, network))
+    for average, value in zip(averages, values):
+        average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
+
+METRICS = ("loss_d", "loss_real", "loss_fake", "ratio", "k", "m", "lr")  # L_D, L(x), L(G(z)), L(G(z)) / L(x), k_t, M
+PANELS = [("loss_real", "loss_fake"), ("ratio",), ("k",), ("m",), ("lr",), ("swd", "diversity")]
 
 
 def uniform(count: int, latent: int, device: torch.device | str = "cpu") -> Tensor:
@@ -462,95 +178,113 @@ def uniform(count: int, latent: int, device: torch.device | str = "cpu") -> Tens
 
 
 def build(network: type[nn.Module], config: dict) -> nn.Module:
-    """The Generator or Discriminator of these settings, laid out as convolutions are fastest."""
+    """The Generator or Discriminator of these settings, in the memory layout in which convolutions are fastest."""
     shape = (config["latent"], config["width"], config["image_size"], config["channels"])
     built = network(*shape, config["skip"], config["residual_steps"] > 0)
-    for parameter in built.parameters():  # the default shrinks the signal at every layer, and with it what z can do
-        nn.init.orthogonal_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+    for parameter in built.parameters():  # PyTorch's default shrinks the signal at every layer, and what z can do
+        if parameter.ndim > 1:
+            nn.init.orthogonal_(parameter)
+        else:
+            nn.init.zeros_(parameter)
     return built.to(memory_format=torch.channels_last)
 
 
 def train(args: argparse.Namespace) -> Path:
-    """Trains as the settings of ``parse_arguments`` say; returns the run's folder. Raises ValueError, OSError."""
+    """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
     device = start(args)
-    images = in_turn(lambda: common.load_images(args.data, args.image_size, root=args.data_root))
-    batches = common.Batches(images, args.batch_size, device, args.hflip, *ranks())
+    source = args.checkpoint if args.resume else args.init_from
+    saved = from_rank_0(read_checkpoint, source)["state"] if source else {}
+    images = common.load_images(args.data, args.image_size, args.channels, args.data_root)
+    batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD)
     args.channels = images.shape[1]
     generator, discriminator = build(Generator, vars(args)).to(device), build(Discriminator, vars(args)).to(device)
-    g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
-    k, lr, smooth, best, waited = torch.tensor([0, args.lr, math.inf, math.inf, 0], device=device).unbind()
-    # A memory of 100 steps: with 0.999, a burst of gradients makes steps many times lr, which D may not survive.
-    adam = dict(lr=lr, betas=(0.5, 0.99), fused=True, capturable=device.type == "cuda")
-    g_optimizer, d_optimizer = torch.optim.Adam(g_parameters, **adam), torch.optim.Adam(d_parameters, **adam)
+    ema = copy.deepcopy(generator)  # its samples are the ones shown, measured and saved
+    parameters = [*generator.parameters(), *discriminator.parameters()]
+    k, smooth, waited, updates = (torch.zeros((), device=device) for _ in range(4))
+    lr, best = torch.full_like(k, args.lr), torch.full_like(k, torch.finfo(k.dtype).max)
+    optimizer = adam(parameters, lr, args.betas)
     fixed_z = uniform(256, args.latent, device)
-    state = dict(generator=generator, discriminator=discriminator, g_optimizer=g_optimizer, d_optimizer=d_optimizer,
-                 k=k, lr=lr, smooth=smooth, best=best, waited=waited, fixed_z=fixed_z, step=torch.tensor(0))
+    shown = common.normalise(common.spread(images, 256).to(device))
+    record = common.Record(SCRIPT, vars(args), METRICS, device, writes=RANK == 0)
+    networks = dict(generator=generator.state_dict(), ema=ema.state_dict(), discriminator=discriminator.state_dict())
+    state = networks | record.state | dict(
+        adam=optimizer.state_dict()["state"], k=k, lr=lr, smooth=smooth, best=best, waited=waited, updates=updates,
+        fixed_z=fixed_z)
 
-    def step() -> dict[str, Tensor]:
-        z = mine(uniform(args.batch_size, args.latent, device))
-        real = batches()
+    def update() -> Tensor:
+        """One step of D and G, all of it work for the device; returns the METRICS."""
+        z = uniform(args.batch_size, args.latent, device).chunk(WORLD)[RANK]
+        x = batches()
+        optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             fake = generator(z)
-            leaf = fake.detach().requires_grad_()
-            real_loss = reconstruction_loss(real, discriminator(real), args.eta)
-            fake_loss = reconstruction_loss(leaf, discriminator(leaf), args.eta)
-        # L(G(z)) is in both losses, so one backward through D serves both: by D's parameters and by the images.
-        real_gradients = torch.autograd.grad(real_loss, d_parameters)
-        *fake_gradients, image_gradient = torch.autograd.grad(fake_loss, [*d_parameters, leaf])
-        g_gradients = torch.autograd.grad(fake, g_parameters, image_gradient)
-        update(d_optimizer, [r - k * f for r, f in zip(real_gradients, fake_gradients)])  # of L_D = L(x) - k L(G(z))
-        update(g_optimizer, g_gradients)
-        real_loss, fake_loss = average([real_loss.detach(), fake_loss.detach()])
-        values = dict(loss_real=real_loss, loss_fake=fake_loss, ratio=fake_loss / real_loss, k=k.clone(), lr=lr.clone())
+            real_loss = reconstruction_loss(x, discriminator(x), args.eta)
+            fake_loss = reconstruction_loss(fake, discriminator(fake), args.eta)
+        L_D = real_loss - k * fake_loss
+        L_G = fake_loss
+        # Both hold L(G(z)): one backward pass through D gives G's gradient and, times -k_t, the fakes' part of D's.
+        L_G.backward()
+        torch._foreach_mul_([parameter.grad for parameter in discriminator.parameters()], -k)
+        real_loss.backward()
+        losses = torch.stack([L_D, real_loss, fake_loss]).detach()
+        average([losses, *(parameter.grad for parameter in parameters)])
+        optimizer.step()
+
+        L_D, real_loss, fake_loss = losses
         k_next, m = balance(k, real_loss, fake_loss, args.gamma, args.lambda_k)
+        metrics = torch.stack([L_D, real_loss, fake_loss, fake_loss / real_loss, k, m, lr])
         k.copy_(k_next)
         halve_on_stall(m, lr, smooth, best, waited, args.lr_patience, args.lr_min)
         for network in (generator, discriminator, discriminator.decoder) if args.residual_steps else ():
             network.carry.sub_(1 / args.residual_steps).clamp_(min=0)
-        return values | dict(m=m)
-
-    shown = common.normalise(images[torch.linspace(0, len(images) - 1, 256).long()].to(device))
-
-    @torch.no_grad()
-    def measure(row: dict[str, float]) -> dict[str, float]:
-        fake = generator(fixed_z).clamp(-1, 1)  # as pictures show it
-        return dict(swd=common.sliced_wasserstein(fake, shown), diversity=common.diversity_ratio(fake, shown))
+        update_ema(ema, generator, updates, args.ema)
+        updates.add_(1)
+        return metrics
 
     @torch.no_grad()
-    def dump(folder: Path, now: int) -> None:
-        fake, real = generator(fixed_z[:64]), shown[:16]
-        common.save_grid(fake, folder / f"samples/{now:06d}.png")
+    def pictures() -> dict[str, Tensor]:
+        fake, real = ema(fixed_z[:64]), shown[:16]
         rows = [real, discriminator(real), fake[:16], discriminator(fake[:16])]
-        common.save_grid(torch.cat(rows), folder / f"reconstructions/{now:06d}.png", columns=16)
-        if now == 0:
-            common.save_grid(shown[:64], folder / "samples/real.png")
-            return
-        panels = [("loss_real", "loss_fake"), ("ratio",), ("k",), ("m",), ("lr",), ("swd", "diversity")]
-        common.save_chart(folder / "metrics.csv", folder / "curves.png", panels)
-        if now == args.steps:
-            common.save_gif(sorted(folder.glob("samples/0*.png")), folder / "training.gif")
+        return dict(samples=fake, reconstructions=torch.cat(rows))
 
-    return loop(args, state, device, step, batches.refill, measure, dump)
+    if source:
+        common.fill(state if args.resume else networks, saved, source)
+    results = repeat(update, args.graph and device.type == "cuda")
+    with record, common.stop_requests() as requests:
+        if RANK == 0 and record.first == 0:
+            record.save(state)
+            record.show(pictures(), shown[:64], PANELS)
+        for step in range(record.first + 1, args.steps + 1):
+            batches.refill()
+            record.add(step, next(results))
+            stop, last = told_to_stop(requests), step == args.steps
+            if RANK == 0 and (step % args.log_every == 0 or last):
+                record.row(common.compare(ema(fixed_z), shown))
+            if RANK == 0 and (step % args.save_every == 0 or last or stop):
+                record.save(state)
+            if RANK == 0 and (step % args.sample_every == 0 or last):
+                record.show(pictures(), shown[:64], PANELS)
+            if stop and not last:
+                raise KeyboardInterrupt(f"stopped at step {step}; to go on: {SCRIPT}.py --resume --out {record.folder}")
+    return record.folder
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
-    """A checkpoint's trained generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = read_checkpoint(path, device)
-    generator = build(Generator, content["config"]).to(device)
-    generator.load_state_dict(content["state"]["generator"])
-    return generator.eval().requires_grad_(False), content["config"]
+    """A checkpoint's averaged generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
+    content = read_checkpoint(path)
+    generator = build(Generator, content["config"])
+    common.fill({"ema": generator.state_dict()}, content["state"], path)
+    return generator.to(device).eval().requires_grad_(False), content["config"]
 
 
 def opened(args: argparse.Namespace, purpose: str) -> tuple[Generator, dict, torch.device, Path]:
-    """The generator that --checkpoint or the newest run holds, its settings, the device, and a new folder to fill."""
-    device, checkpoint = start(args), find_checkpoint(args)
-    generator, config = load_generator(checkpoint, device)
-    folder = Path(args.out) if args.out else new_folder(checkpoint.parent / purpose)
-    folder.mkdir(parents=True, exist_ok=True)
-    return generator, config, device, folder
+    """The generator of --checkpoint, its settings, the device, and a new folder to fill: --out or beside the run."""
+    device = start(args)
+    generator, config = load_generator(args.checkpoint, device)
+    return generator, config, device, Path(args.out or common.next_folder(Path(args.checkpoint).parent / purpose))
 
 
 def sample(args: argparse.Namespace) -> Path:
@@ -574,7 +308,7 @@ def interpolate(args: argparse.Namespace) -> Path:
 def embed(args: argparse.Namespace) -> Path:
     """--embed FOLDER: z of least |x - G(z)| for its first 16 pictures and their mirror images, by Adam; then walks."""
     generator, config, device, folder = opened(args, "embed")
-    source = os.path.join(args.embed, "")  # a folder, even where its name is a data set's
+    source = os.path.abspath(args.embed)  # a folder, even where its name is a data set's
     pictures = common.load_images(source, config["image_size"], config["channels"], args.data_root)
     real = common.normalise(pictures[:16].to(device))
     targets = torch.cat([real, real.flip(3)])
@@ -589,23 +323,165 @@ def embed(args: argparse.Namespace) -> Path:
     found, mirrored = z.detach().chunk(2)
     for name, end, goal in ("pairs", found.roll(-1, 0), real.roll(-1, 0)), ("mirrors", mirrored, real.flip(3)):
         walk = [generator(torch.lerp(found, end, step / 7)) for step in range(8)]
-        common.save_strip(torch.stack([real, *walk, goal], dim=1), folder / f"{name}.png")  # real pictures at both ends
+        common.save_strip(torch.stack([real, *walk, goal], dim=1), folder / f"{name}.png")  # real ones at the ends
     return folder
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags, each with its check."""
+    number, switch = common.number, argparse.BooleanOptionalAction
+    parser = common.Parser(SCRIPT, __doc__.split("\n")[0], data="faces", sizes=(16, 32, 64, 128, 256))
+    add = parser.add_argument_group("BEGAN").add_argument
+    add("--batch-size", type=number(int, 1, 1e6), default=16, help="images per batch, over all ranks")
+    add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
+    add("--lr", type=number(float, 1e-9, 1), default=4e-4, help="Adam's initial learning rate, both networks")
+    add("--lr-min", type=number(float, 0, 1), default=2e-5, help="lower bound of the learning rate")
+    add("--lr-patience", type=number(int, 1), default=150, help="steps without a new minimum of M until lr halves")
+    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.99], help="Adam's decay rates")
+    add("--gamma", type=number(float, 0, 1), default=0.5, help="diversity ratio L(G(z)) / L(x); paper: 0.3 to 0.7")
+    add("--lambda-k", type=number(float, 0, 1), default=0.2, help="learning rate of k_t; paper: 0.001, for long runs")
+    add("--eta", type=int, choices=(1, 2), default=2, help="exponent of the reconstruction loss")
+    add("--width", type=number(int, 1, 4096), default=32, help="the paper's n: channels of the first layer")
+    add("--latent", type=number(int, 1, 65536), default=64, help="length of z and of D's code")
+    add("--skip", action=switch, default=True, help="skip connections in the decoders")
+    add("--residual-steps", type=number(int, 0), default=0, help="steps of vanishing residuals (paper: 16000); 0: none")
+    add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged generator; 0: no averaging")
+    parser.use("--interpolate", type=number(int, 1, 1000), metavar="N", help="skip training and write N walks in z")
+    parser.use("--embed", type=common.filled, metavar="FOLDER", help="skip training and find z for its pictures")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    args = parse_arguments(argv)
-    try:
+    with common.one_line_errors(SCRIPT), ranks():
+        args = from_rank_0(settings, argv)
         use = sample if args.sample else interpolate if args.interpolate else embed if args.embed else train
-        folder = use(args)
-        if ranks()[0] == 0:
-            print(f"{SCRIPT}: all is in {folder}")
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{SCRIPT}.py: error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if use is train or RANK == 0:
+            print(f"{SCRIPT}: all is in {use(args)}")
+
+
+# ---- runs: the same text in all four scripts ------------------------------------------------------------------------
+
+RANK, WORLD, LAUNCHER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
+MAY_CHANGE = ("steps", "data", "data_root", "device", "graph", "log_every", "sample_every", "save_every", "keep", "out")
+
+
+def settings(argv: list[str] | None = None) -> argparse.Namespace:
+    """The checked command line; with --resume the run's saved settings, of which only MAY_CHANGE can be given anew."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    if not args.resume:
+        return args
+    path, saved = args.checkpoint, read_checkpoint(args.checkpoint)["config"]
+    args = parser().parse_args([*common.as_flags(saved), *argv])
+    args.checkpoint, args.out = path, os.path.dirname(path) or "."
+    for name, value in saved.items():
+        new = getattr(args, name)
+        if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
+            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot go on with {new}")
+    return args
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's config, checked as flags are, and its state. Raises OSError; ValueError for other files."""
+    content = common.load_checkpoint(path)
+    try:
+        if content["script"] != SCRIPT or not isinstance(content["state"], dict):
+            raise ValueError(f"it is not one of {SCRIPT}.py")
+        checked = vars(parser().parse_args(common.as_flags(content["config"])))
+        checked["out"] = content["config"]["out"]
+        if {name: value for name, value in checked.items() if name not in common.USES} != content["config"]:
+            raise ValueError("a setting is missing or of another type")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
+    return content
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[None]:
+    """Join the ranks that torchrun started, if any."""
+    if WORLD > 1:
+        dist.init_process_group(timeout=datetime.timedelta(minutes=30))
+    yield
+    if WORLD > 1:
+        dist.barrier()  # gloo may abort a rank when another leaves before it
+        dist.destroy_process_group()
+
+
+def from_rank_0(make: Callable, *inputs: object) -> object:
+    """make(*inputs), made on rank 0, which alone may have the files, and sent to the other ranks."""
+    result = [make(*inputs) if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Put the means over the ranks in the tensors' places, by one all-reduce of all of them laid end to end."""
+    if WORLD > 1:
+        tensors = list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, mean in zip(tensors, (flat / WORLD).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def told_to_stop(requests: list[int]) -> bool:
+    """Whether any rank has been asked to stop or has lost its launcher; all ranks get the same answer."""
+    asked = torch.tensor(float(len(requests) > 0 or WORLD > 1 and os.getppid() != LAUNCHER))
+    average([asked])
+    return asked.item() > 0
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Seed, and choose the device and, where it is "auto", the precision. Raises ValueError."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = torch.device(args.device if args.device != "auto" else next(kind for kind in found if found[kind]))
+    if not found[device.type]:
+        raise ValueError(f"argument --device: this machine has no {args.device}; accepted: auto, cpu")
+    if args.batch_size % WORLD:
+        raise ValueError(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
+    if vars(args).get("precision") == "auto":
+        args.precision = "bf16" if common.has_bf16(device) else "fp32"
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_stream(torch.cuda.Stream())  # a step is captured on the stream that has warmed it up
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 for matrix products, as convolutions have it by default
+    torch.manual_seed(args.seed)  # alike on every rank: the same weights and the same global batches
+    return device
+
+
+def adam(parameters: list[nn.Parameter], lr: float | Tensor, betas: list[float]) -> torch.optim.Adam:
+    """Adam whose moments exist from the start, so that all checkpoints hold the same tensors."""
+    device = parameters[0].device
+    optimizer = torch.optim.Adam(parameters, lr, tuple(betas), fused=True, capturable=device.type == "cuda")
+    for p in parameters:
+        step = torch.zeros((), device=device, dtype=torch.float32)
+        optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return optimizer
+
+
+def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
+    """Results of update(), for ever; with ``graph`` its first three warm up and the others replay one CUDA graph."""
+    for _ in range(3):
+        yield update()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                result = update()  # recorded, not run
+        except RuntimeError as error:
+            print(f"{SCRIPT}: no CUDA graph, but eager steps: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            while True:
+                captured.replay()
+                yield result
+    while True:
+        yield update()
 
 
 if __name__ == "__main__":

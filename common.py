@@ -1,22 +1,29 @@
 """Data and image helpers of the four scripts: pictures in, batches, pictures out, two measures of samples."""
 
+import argparse
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
+import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import cycle, zip_longest
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -51,6 +58,18 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def file_lock(path, wait=True):
+    import fcntl
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise OSError(f"{str(path)!r} is in use by another process") from error
+        yield
 
 
 def _reason(error: BaseException) -> str:
@@ -549,6 +568,10 @@ def normalise(images: Tensor) -> Tensor:
     return images.div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
+def spread(images: Tensor, count: int) -> Tensor:
+    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+
+
 class Batches:
     """Random batches [batch_size / world, C, H, W] of a uint8 data set [N, C, H, W], normalised, on ``device``.
 
@@ -830,6 +853,13 @@ def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 256, se
     return (gaps @ jumps.diff().to(x) / (n * m)).item()
 
 
+@torch.no_grad()
+def compare(samples: Tensor, data: Tensor) -> dict[str, float]:
+    """Both measures of samples against data [N, ...], the two clamped to [-1, 1], as pictures show them."""
+    samples = samples.clamp(-1, 1)
+    return dict(swd=sliced_wasserstein(samples, data), diversity=diversity_ratio(samples, data))
+
+
 def diversity_ratio(samples: Tensor, data: Tensor) -> float:
     """Mean Euclidean distance over pairs of samples [N, ...], divided by that over pairs of data [M, ...].
 
@@ -841,3 +871,383 @@ def diversity_ratio(samples: Tensor, data: Tensor) -> float:
     if spread == 0:
         raise ValueError("the data are all the same, so there is nothing to compare the samples with")
     return torch.pdist(x).mean().item() / spread
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+USES = ("checkpoint", "resume", "sample", "interpolate", "embed")  # flags that are no settings of a run
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with the flags of every run and, given default ``data``, those of image data.
+
+    Raises ValueError where argparse would print its usage and exit.
+    """
+
+    def __init__(self, script: str, description: str, data: str | None = None, sizes: tuple = (16, 32, 64, 128)):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.script, switch = script, argparse.BooleanOptionalAction
+        if data:
+            add = self.add_argument_group("data").add_argument
+            add("--data", type=filled, default=data, help=", ".join([*DRAWN, *TORCHVISION, "or a folder of pictures"]))
+            add("--data-root", type=filled, default="data", help="folder for downloads and the picture cache")
+            add("--image-size", type=int, choices=sizes, default=32, help="height and width in pixels")
+            add("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB; default: what the data have")
+            add("--hflip", action=switch, default=False, help="random horizontal flip, p = 0.5")
+            add("--precision", choices=("auto", "fp32", "bf16"), default="fp32",
+                help="of the networks; auto: bf16 where the hardware computes in it")
+        add = self.add_argument_group("run").add_argument
+        add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, batches and noise")
+        add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+        add("--graph", action=switch, default=True, help="on a GPU, replay the training step as a CUDA graph")
+        add("--log-every", type=number(int, 1), default=100, help="steps between rows of metrics.csv")
+        add("--sample-every", type=number(int, 1), default=100, help="steps between sample pictures")
+        add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
+        add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
+        add("--out", type=filled, help=f"folder to write to; default: the next free one, as runs/{script}-001")
+        add("--init-from", type=filled, metavar="FILE", help="begin a new run with the networks of this checkpoint")
+        add("--checkpoint", type=filled, metavar="FILE", help="for the following, in place of the newest run's")
+        self.use = self.add_mutually_exclusive_group().add_argument
+        self.use("--resume", action="store_true", help="continue the newest run, or that of --out or --checkpoint")
+        self.use("--sample", type=number(int, 1), metavar="N", help="skip training and write N samples")
+
+    def parse_args(self, argv: Sequence[str], namespace: None = None) -> argparse.Namespace:
+        """The flags, not in contradiction, with the ``checkpoint`` that they use. Raises ValueError, OSError."""
+        args = super().parse_args(argv)
+        used = any(getattr(args, name, None) for name in USES[1:])
+        if args.checkpoint and not used:
+            self.error("argument --checkpoint: goes with --resume, --sample or another use of a checkpoint")
+        if args.resume and args.checkpoint and args.out:
+            self.error("argument --out: a run resumes in the folder of its --checkpoint")
+        if args.resume and args.out:
+            args.checkpoint = os.path.join(args.out, "checkpoint.pt")
+        elif args.out and os.path.lexists(args.out):
+            if not os.path.isdir(args.out) or any(name[0] != "." for name in os.listdir(args.out)):
+                self.error(f"argument --out: {args.out} is not empty; name a new folder, or --resume the run in it")
+        if used and not args.checkpoint:
+            args.checkpoint = newest(f"runs/{self.script}-*/checkpoint.pt")
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def filled(text: str) -> str:
+    """An argparse type: text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is empty")
+    return text
+
+
+def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
+    """An argparse type: an int or a float from low to high."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} from {low:g} to {high:g}")
+
+    return parse
+
+
+def as_flags(config: dict) -> list[str]:
+    """Saved settings as a command line, so that the parser checks them as it checks a user's; but not the folder."""
+    words = []
+    for name, value in config.items():
+        flag = name.replace("_", "-")
+        if name == "out":
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{flag}={value}")
+    return words
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16, and so faster than in fp32."""
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def next_folder(stem: str | Path) -> Path:
+    """Make the first of stem-001, stem-002, ... that is not there yet."""
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    for count in itertools.count(1):
+        with suppress(FileExistsError):
+            folder = Path(f"{stem}-{count:03d}")
+            folder.mkdir()
+            return folder
+
+
+def newest(pattern: str) -> str:
+    """The file changed last of those below the working directory that match. Raises FileNotFoundError."""
+    found = sorted(Path().glob(pattern), key=os.path.getmtime)
+    if not found:
+        raise FileNotFoundError(f"no {pattern} in {str(Path.cwd())!r}; name a file by --checkpoint")
+    return str(found[-1])
+
+
+@contextmanager
+def on_signals(act: Callable) -> Iterator[None]:
+    """Call `act` on Ctrl-C, SIGTERM and SIGHUP; but not in a thread, where Python allows no handlers."""
+    kinds = [kind for name in ("SIGINT", "SIGTERM", "SIGHUP") if (kind := getattr(signal, name, None))]
+    if threading.current_thread() is not threading.main_thread():
+        kinds = []
+    former = {kind: signal.signal(kind, act) for kind in kinds if signal.getsignal(kind) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for kind, handler in former.items():
+            signal.signal(kind, handler)
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect those signals in the list it yields, to be looked at after each step; the first is answered at once."""
+    requests = []
+
+    def note(kind: int, _: object) -> None:
+        if not requests:
+            os.write(2, b"stopping after this step\n")
+        requests.append(kind)
+
+    with on_signals(note):
+        yield requests
+
+
+@contextmanager
+def one_line_errors(script: str) -> Iterator[None]:
+    """Exit with one line where the body fails for a reason that a user can cause or meet, or is interrupted."""
+    try:
+        with on_signals(signal.default_int_handler):
+            yield
+    except KeyboardInterrupt as stop:
+        sys.exit(f"{script}.py: {stop or 'interrupted'}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"{script}.py: error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        sys.exit(f"{script}.py: error: out of memory; lower --batch-size, --image-size or the width of the networks")
+
+
+@contextmanager
+def only_warn(what: str) -> Iterator[None]:
+    """Turn an error into a warning: what is only looked at never stops a run."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {what}: {_reason(error)}", file=sys.stderr, flush=True)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The dict that torch.save wrote, on the CPU; no code in it is run. Raises OSError; ValueError for other files."""
+    if not os.path.isfile(path):  # to open a pipe would be to wait for ever
+        raise FileNotFoundError(f"no checkpoint {str(path)!r}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare checksums
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes them raise, OSError among it
+        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({_reason(error)})") from error
+    if damaged:
+        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({damaged} has a wrong checksum)")
+    return content
+
+
+def tensors(item: object, name: str) -> dict[str, Tensor]:
+    """All tensors of nested dicts, by their paths, which begin with `name`. Raises ValueError for anything else."""
+    if isinstance(item, Tensor):
+        return {name: item}
+    if not isinstance(item, dict):
+        raise ValueError(f"{name} is {type(item).__name__}, not a tensor")
+    return {path: leaf for key, part in item.items() for path, leaf in tensors(part, f"{name}.{key}").items()}
+
+
+def random_state() -> Tensor:
+    """The state of the random number generators of the CPU and, in the last 16 bytes, of the GPU: uint8."""
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.zeros(16, dtype=torch.uint8)
+    return torch.cat([torch.get_rng_state(), gpu])
+
+
+def fill(state: dict, saved: dict, path: str | Path) -> None:
+    """Copy tensors of a checkpoint into those of `state`, in place: all, or none and a ValueError.
+
+    Both are nested dicts, of which `saved` may have more at the top. The keys, shapes and dtypes must be the same,
+    numbers finite, integers positive or 0. A tensor "rng" goes to the random number generators too. `path` is the
+    checkpoint's, for messages.
+    """
+    own, found = tensors(state, str(path)), tensors({name: saved.get(name) for name in state}, str(path))
+    if other := own.keys() ^ found.keys():
+        raise ValueError(f"{min(other)} is missing or not known")
+    for name, tensor in own.items():
+        new = found[name]
+        if (new.shape, new.dtype, new.layout) != (tensor.shape, tensor.dtype, torch.strided):
+            expected = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} is {new.dtype} {list(new.shape)}; accepted here is {expected}")
+        if not (new.isfinite().all() and (new.is_floating_point() or (new >= 0).all())):
+            raise ValueError(f"{name} has impossible values")
+    if "rng" in state:
+        try:
+            torch.set_rng_state(saved["rng"][:-16].clone())
+        except RuntimeError as error:
+            raise ValueError(f"{path}.rng is not the state of a random number generator") from error
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["rng"][-16:].clone())
+    for name, tensor in own.items():
+        tensor.copy_(found[name])
+
+
+def collapse(rows: Sequence[dict[str, float]]) -> str | None:
+    """The sign of a collapse in the rows of metrics.csv, the newest last, and what may help; or None."""
+    row, past = rows[-1], list(rows)[:-1]
+    if row["diversity"] < 0.3 and (row["step"] >= 300 or any(r["diversity"] > 0.5 for r in past)):
+        return "the samples are becoming one image; go on from an earlier checkpoint: --init-from with a lower --lr"
+    if big := [name for name, value in row.items() if name != "step" and abs(value) > 1e6]:
+        return f"{big[0]} explodes; go on from an earlier checkpoint: --init-from with a lower --lr"
+    return None
+
+
+class Record:
+    """What a run leaves in its folder: checkpoints, config.json, metrics.csv, pictures; and its line on the screen.
+
+    `state` belongs in the run's checkpoints: the step, the sums of the metrics since the step of the last row, and the
+    random numbers. While a record is open, no other process can write to the folder. With `writes` off, as on other
+    ranks than 0, it only counts. Raises OSError.
+    """
+
+    def __init__(self, script: str, settings: dict, metrics: Sequence[str], device: torch.device, writes: bool = True):
+        self.script, self.metrics, self.writes, self.lock = script, metrics, writes, ExitStack()
+        self.config = {name: value for name, value in settings.items() if name not in USES}
+        self.state = {"step": torch.tensor(0), "logged": torch.tensor(0), "rng": random_state(),
+                      "totals": torch.zeros(len(metrics), device=device)}
+        self.rows, self.warning, self.earlier = deque(maxlen=200), None, None
+        if writes:
+            self.config["out"] = self.config["out"] or str(next_folder(f"runs/{script}"))
+            self.lock.enter_context(file_lock(Path(self.config["out"], ".lock"), wait=False))
+        self.folder = Path(self.config["out"] or "")
+
+    def __enter__(self) -> "Record":
+        self.first, self.began, self.told = int(self.state["step"]), time.monotonic(), time.monotonic()
+        if self.writes:
+            print(f"{self.script}: {self.folder}, step {self.first} to {self.config['steps']}", flush=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writes and sys.stdout.isatty():
+            print()  # ends the line that was kept up to date
+        self.lock.close()
+
+    def add(self, step: int, values: Tensor) -> None:
+        """Count a step and its metrics, and keep the line on a terminal up to date."""
+        self.state["step"].fill_(step)
+        self.state["totals"] += values
+        if self.writes and sys.stdout.isatty() and time.monotonic() - self.told > 0.5:
+            self._tell(self._means())
+
+    def _means(self) -> dict[str, float]:
+        steps = self.state["step"] - self.state["logged"]
+        return dict(zip(self.metrics, (self.state["totals"] / steps).tolist()))
+
+    def row(self, watched: dict[str, float]) -> None:
+        """Add a row to metrics.csv: means since the last row, and what is `watched`, where NaN makes an empty cell.
+
+        Raises FloatingPointError unless the means are finite. Warns of a collapse.
+        """
+        means = self._means()
+        self._refuse([f"{name} {value:g}" for name, value in means.items() if not math.isfinite(value)])
+        step, values = int(self.state["step"]), means | watched
+        header = ",".join(["step", *values, "seconds"]) + "\n"
+        if self.earlier is None:  # seconds, of earlier sessions
+            kept = self._earlier_rows(header)
+            self.earlier = float(kept[-1].rpartition(",")[2]) if kept else 0.0
+            with atomic_write(self.folder / "metrics.csv") as file:
+                file.write("".join([header, *kept]).encode())
+        cells = [f"{value:.6g}" if math.isfinite(value) else "" for value in values.values()]
+        with open(self.folder / "metrics.csv", "a") as file:
+            print(step, *cells, f"{self.earlier + time.monotonic() - self.began:.1f}", sep=",", file=file)
+        self.state["totals"].zero_()
+        self.state["logged"].fill_(step)
+        self.rows.append({"step": step} | values)
+        self._tell(means)
+        self.warn(collapse(self.rows))
+
+    def _earlier_rows(self, header: str) -> list[str]:
+        """The rows of metrics.csv up to the first step. A table that is not ours is set aside with a warning."""
+        table = self.folder / "metrics.csv"
+        with suppress(FileNotFoundError):
+            try:
+                found, *rows = table.read_text("utf-8-sig").splitlines(True)
+                if found != header:
+                    raise ValueError("it has other columns")
+                whole = [row for row in rows if row[-1] == "\n" and row.count(",") == header.count(",")]
+                return [row for row in whole if int(row.partition(",")[0]) <= self.first]
+            except ValueError as error:
+                os.replace(table, table.with_name("metrics-unreadable.csv"))
+                print(f"warning: {table} is now metrics-unreadable.csv: {_reason(error)}", file=sys.stderr, flush=True)
+        return []
+
+    def _tell(self, means: dict[str, float]) -> None:
+        """One line: the step, the metrics, the pace and the time left."""
+        step, steps, self.told = int(self.state["step"]), self.config["steps"], time.monotonic()
+        pace = (step - self.first) / (self.told - self.began)
+        line = "  ".join([f"{step}/{steps}", *(f"{name} {value:.4g}" for name, value in means.items()),
+                          f"{pace:.1f} steps/s", f"{(steps - step) / pace:.0f} s left"])
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            line = f"\r{line[:width]:<{width}}"
+        print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
+
+    def warn(self, message: str | None) -> None:
+        """Print a warning, once until it changes."""
+        if message and message != self.warning:
+            print(f"{self.script}: warning: {message}", file=sys.stderr, flush=True)
+        self.warning = message
+
+    def save(self, state: dict) -> None:
+        """Write checkpoint.pt, with "keep" also a numbered copy. FloatingPointError unless all of it is finite."""
+        self.state["rng"].copy_(random_state())
+        self._refuse([name for name, tensor in tensors(state, "state").items() if not tensor.isfinite().all()])
+        numbered = [f"checkpoint-{int(self.state['step']):06d}.pt"] if self.config["keep"] else []
+        for name in ["checkpoint.pt", *numbered]:
+            with atomic_write(self.folder / name) as file:
+                torch.save({"script": self.script, "config": self.config, "state": state}, file)
+        with atomic_write(self.folder / "config.json") as file:
+            file.write(json.dumps(self.config, indent=1).encode())
+
+    def _refuse(self, bad: list[str]) -> None:
+        """FloatingPointError, with what to try, if there is anything bad."""
+        if bad:
+            raise FloatingPointError(
+                f"step {int(self.state['step'])}: not finite: {', '.join(bad[:5])}; the last good checkpoint is "
+                f"{self.folder / 'checkpoint.pt'}: go on from it with --init-from and a lower --lr")
+
+    def show(self, pictures: dict[str, Tensor | Image.Image], real: Tensor | Image.Image,
+             panels: list[tuple[str, ...]]) -> None:
+        """Write NAME/STEP.png for each of `pictures`; first samples/real.png, later curves.png, last training.gif."""
+        step = int(self.state["step"])
+        files = {f"{name}/{step:06d}.png": picture for name, picture in pictures.items()}
+        with only_warn(f"pictures of step {step}"):
+            for name, picture in (files if step else files | {"samples/real.png": real}).items():
+                if isinstance(picture, Tensor):
+                    save_grid(picture, self.folder / name, columns=8 if name.startswith("samples") else 16)
+                else:
+                    with atomic_write(self.folder / name) as file:
+                        picture.save(file)
+            if step:
+                save_chart(self.folder / "metrics.csv", self.folder / "curves.png", panels)
+            if step == self.config["steps"]:
+                save_gif(self.frames(), self.folder / "training.gif")
+
+    def frames(self) -> list[Path]:
+        """The sample pictures so far, in the order of their steps."""
+        found = [path for path in self.folder.glob("samples/*.png") if path.stem.isdecimal()]
+        found = [path for path in found if int(path.stem) <= self.state["step"]]
+        return sorted(found, key=lambda path: int(path.stem))
