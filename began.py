@@ -359,8 +359,9 @@ def main(argv: list[str] | None = None) -> None:
     with common.one_line_errors(SCRIPT), ranks():
         args = from_rank_0(settings, argv)
         use = sample if args.sample else interpolate if args.interpolate else embed if args.embed else train
-        if use is train or RANK == 0:
-            print(f"{SCRIPT}: all is in {use(args)}")
+        folder = use(args) if use is train or RANK == 0 else None
+        if RANK == 0:
+            print(f"{SCRIPT}: all is in {folder}")
 
 
 # ---- runs: the same text in all four scripts ------------------------------------------------------------------------
