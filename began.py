@@ -191,6 +191,8 @@ def build(network: type[nn.Module], config: dict) -> nn.Module:
 
 def train(args: argparse.Namespace) -> Path:
     """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
+    if args.lr_min > args.lr:
+        raise ValueError(f"argument --lr-min: {args.lr_min} is above --lr {args.lr}")
     device = start(args)
     source = args.checkpoint if args.resume else args.init_from
     saved = from_rank_0(read_checkpoint, source)["state"] if source else {}
@@ -205,7 +207,7 @@ def train(args: argparse.Namespace) -> Path:
     optimizer = adam(parameters, lr, args.betas)
     fixed_z = uniform(256, args.latent, device)
     shown = common.normalise(common.spread(images, 256).to(device))
-    record = common.Record(SCRIPT, vars(args), METRICS, device, writes=RANK == 0)
+    record = common.Record(SCRIPT, vars(args), METRICS, device, images, writes=RANK == 0)
     networks = dict(generator=generator.state_dict(), ema=ema.state_dict(), discriminator=discriminator.state_dict())
     state = networks | record.state | dict(
         adam=optimizer.state_dict()["state"], k=k, lr=lr, smooth=smooth, best=best, waited=waited, updates=updates,
@@ -393,9 +395,9 @@ def read_checkpoint(path: str | Path) -> dict:
         if content["script"] != SCRIPT or not isinstance(content["state"], dict):
             raise ValueError(f"it is not one of {SCRIPT}.py")
         checked = vars(parser().parse_args(common.as_flags(content["config"])))
-        checked["out"] = content["config"]["out"]
-        if {name: value for name, value in checked.items() if name not in common.USES} != content["config"]:
-            raise ValueError("a setting is missing or of another type")
+        for name in checked.keys() - {*common.USES, *common.PLACES}:
+            if checked[name] != content["config"][name]:
+                raise ValueError(f"--{name} is {content['config'][name]}")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
     return content

@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -877,6 +878,7 @@ def diversity_ratio(samples: Tensor, data: Tensor) -> float:
 
 
 USES = ("checkpoint", "resume", "sample", "interpolate", "embed")  # flags that are no settings of a run
+PLACES = ("out", "data_root")  # settings that a checkpoint does not decide: a foreign one could name any folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -953,11 +955,11 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 
 
 def as_flags(config: dict) -> list[str]:
-    """Saved settings as a command line, so that the parser checks them as it checks a user's; but not the folder."""
+    """Saved settings as a command line, so that the parser checks them as it checks a user's; PLACES are left out."""
     words = []
     for name, value in config.items():
         flag = name.replace("_", "-")
-        if name == "out":
+        if name in PLACES:
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -1033,6 +1035,8 @@ def one_line_errors(script: str) -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{script}.py: error: {error}")
     except (MemoryError, RuntimeError) as error:
+        if "closed by peer" in str(error) or "reset by peer" in str(error):
+            sys.exit(f"{script}.py: error: another rank has ended")
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
         sys.exit(f"{script}.py: error: out of memory; lower --batch-size, --image-size or the width of the networks")
@@ -1045,6 +1049,11 @@ def only_warn(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         print(f"warning: {what}: {_reason(error)}", file=sys.stderr, flush=True)
+
+
+def digest(images: Tensor) -> Tensor:
+    """How many images there are, and a checksum of 256 of them: int64 [2]."""
+    return torch.tensor([len(images), zlib.crc32(spread(images, 256).numpy().tobytes())])
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -1084,7 +1093,8 @@ def fill(state: dict, saved: dict, path: str | Path) -> None:
     numbers finite, integers positive or 0. A tensor "rng" goes to the random number generators too. `path` is the
     checkpoint's, for messages.
     """
-    own, found = tensors(state, str(path)), tensors({name: saved.get(name) for name in state}, str(path))
+    saved = {name: saved[name] for name in state if name in saved}
+    own, found = tensors(state, str(path)), tensors(saved, str(path))
     if other := own.keys() ^ found.keys():
         raise ValueError(f"{min(other)} is missing or not known")
     for name, tensor in own.items():
@@ -1107,8 +1117,8 @@ def fill(state: dict, saved: dict, path: str | Path) -> None:
 
 def collapse(rows: Sequence[dict[str, float]]) -> str | None:
     """The sign of a collapse in the rows of metrics.csv, the newest last, and what may help; or None."""
-    row, past = rows[-1], list(rows)[:-1]
-    if row["diversity"] < 0.3 and (row["step"] >= 300 or any(r["diversity"] > 0.5 for r in past)):
+    *past, row = rows
+    if row.get("diversity", 1) < 0.3 and (row["step"] >= 300 or any(r["diversity"] > 0.5 for r in past)):
         return "the samples are becoming one image; go on from an earlier checkpoint: --init-from with a lower --lr"
     if big := [name for name, value in row.items() if name != "step" and abs(value) > 1e6]:
         return f"{big[0]} explodes; go on from an earlier checkpoint: --init-from with a lower --lr"
@@ -1118,16 +1128,18 @@ def collapse(rows: Sequence[dict[str, float]]) -> str | None:
 class Record:
     """What a run leaves in its folder: checkpoints, config.json, metrics.csv, pictures; and its line on the screen.
 
-    `state` belongs in the run's checkpoints: the step, the sums of the metrics since the step of the last row, and the
-    random numbers. While a record is open, no other process can write to the folder. With `writes` off, as on other
-    ranks than 0, it only counts. Raises OSError.
+    `state` belongs in the run's checkpoints: the step, the sums of the metrics since the step of the last row, the
+    random numbers and a digest of the images. While a record is open, no other process can write to the folder. With
+    `writes` off, as on other ranks than 0, it only counts. Raises OSError.
     """
 
-    def __init__(self, script: str, settings: dict, metrics: Sequence[str], device: torch.device, writes: bool = True):
+    def __init__(self, script: str, settings: dict, metrics: Sequence[str], device: torch.device,
+                 images: Tensor | None = None, writes: bool = True):
         self.script, self.metrics, self.writes, self.lock = script, metrics, writes, ExitStack()
         self.config = {name: value for name, value in settings.items() if name not in USES}
+        self.images = digest(images) if images is not None else torch.zeros(2, dtype=torch.int64)
         self.state = {"step": torch.tensor(0), "logged": torch.tensor(0), "rng": random_state(),
-                      "totals": torch.zeros(len(metrics), device=device)}
+                      "totals": torch.zeros(len(metrics), device=device), "images": self.images.clone()}
         self.rows, self.warning, self.earlier = deque(maxlen=200), None, None
         if writes:
             self.config["out"] = self.config["out"] or str(next_folder(f"runs/{script}"))
@@ -1138,6 +1150,9 @@ class Record:
         self.first, self.began, self.told = int(self.state["step"]), time.monotonic(), time.monotonic()
         if self.writes:
             print(f"{self.script}: {self.folder}, step {self.first} to {self.config['steps']}", flush=True)
+            if not torch.equal(self.images, self.state["images"]):
+                self.warn(f"these {self.images[0]:,} pictures are not the {self.state['images'][0]:,} of before")
+        self.state["images"].copy_(self.images)
         return self
 
     def __exit__(self, *_: object) -> None:

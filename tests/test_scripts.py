@@ -1,6 +1,7 @@
 """Every script as a user runs it, with tiny settings: its files, resuming, ranks, interruptions and bad input."""
 
 import json
+import math
 import os
 import random
 import re
@@ -11,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, SCRIPTS, command, load, module, rows, run, same_state
+from conftest import ENVIRONMENT, SCRIPTS, command, flat, load, module, rows, run, same_state
 from PIL import Image
 
 FLAG_OF_A_PAPER = {"began": ("--gamma", "0.7"), "ebgan": ("--margin", "9"),
@@ -59,7 +60,7 @@ def test_files_of_a_run(script, finished):
     table = rows(folder)
     assert [row["step"] for row in table] == ["2", "4", "6"]
     assert all(torch.isfinite(torch.tensor(float(cell))) for row in table for cell in row.values())
-    for name in ("000000", "000004", "000006", "real"):  # a picture is due at 3: the next look is at 4
+    for name in ("000000", "000003", "000006", "real"):
         with Image.open(folder / f"samples/{name}.png") as image:
             darkest, lightest = image.convert("L").getextrema()
             assert darkest < lightest
@@ -70,13 +71,13 @@ def test_files_of_a_run(script, finished):
     content = load(folder / "checkpoint.pt")
     assert content["script"] == script and int(content["state"]["step"]) == 6
     assert re.search(r"^6/6 .* steps/s  0 s left$", output, re.M)
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.rglob("*.tmp*"))
 
 
 def test_the_same_command_takes_the_next_folder(script, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for count in (1, 2):
-        folder = module(script).train(module(script).parse_arguments([*flags, "--steps", "1"]))
+        folder = module(script).train(module(script).settings([*flags, "--steps", "1"]))
         assert folder.name == f"{script}-00{count}"
 
 
@@ -148,31 +149,42 @@ def test_ctrl_c_saves_and_says_how_to_go_on(script, flags, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     step = int(load(tmp_path / "run/checkpoint.pt")["state"]["step"])
-    assert process.returncode != 0 and step >= 4 and rows(tmp_path / "run")[-1]["step"] == str(step)
-    assert f"stopped at step {step}; to go on: python {script}.py --resume --out run" in error
-    main = module(script).main
-    main([*flags, "--steps", str(step + 4), "--out", str(tmp_path / "whole"), "--save-every", "1000"])
+    assert process.returncode != 0 and step >= 4
+    assert f"stopping after this step\n{script}.py: stopped at step {step}; to go on: {script}.py --resume --out run" in error
+    last = str(step + 5)
     # The saved --steps is 100000, so the rest is trained from a copy with fewer.
     content = load(tmp_path / "run/checkpoint.pt")
-    content["config"]["steps"] = step + 4
+    content["config"]["steps"] = step + 5
     torch.save(content, tmp_path / "run/checkpoint.pt")
+    main = module(script).main
     main(["--resume", "--out", str(tmp_path / "run")])
+    main([*flags, "--steps", last, "--out", str(tmp_path / "whole"), "--save-every", "1000"])
     assert same_state(load(tmp_path / "whole/checkpoint.pt"), load(tmp_path / "run/checkpoint.pt"))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "run")  # the interval that was open at the stop too
 
 
-def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(script, flags, tmp_path, capsys, monkeypatch):
-    real, calls = module(script).update, []
+def test_a_non_finite_state_is_not_saved(script, flags, tmp_path, capsys, monkeypatch):
+    """The losses of a step are those before its update, so it is the state that must be looked at."""
+    real, calls = torch.optim.Adam.step, []
 
-    def broken(optimizer, gradients):
+    def broken(optimizer, *arguments):
+        real(optimizer, *arguments)
         calls.append(1)
-        real(optimizer, [gradient * (float("nan") if len(calls) > 12 else 1) for gradient in gradients])
+        if len(calls) > 12:
+            optimizer.param_groups[0]["params"][0].data.view(-1)[0] = math.nan
 
-    monkeypatch.setattr(module(script), "update", broken)
-    message = fails(capsys, script, *flags, "--steps", "40", "--out", tmp_path / "run")
-    assert re.search(r"step \d+: .*nan.*the last good checkpoint is .*checkpoint.pt", message)
+    monkeypatch.setattr(torch.optim.Adam, "step", broken)
+    message = fails(capsys, script, *flags, "--steps", "40", "--log-every", "100", "--out", tmp_path / "run")
+    assert re.search(r"step \d+: not finite: .*; the last good checkpoint is .*checkpoint.pt: .*--init-from", message)
     state = load(tmp_path / "run/checkpoint.pt")["state"]
-    assert all(value.isfinite().all() for value in state["generator"].values())
-    assert 0 < int(state["step"]) < 40
+    assert all(leaf.isfinite().all() for leaf in flat(state).values()) and 0 < int(state["step"]) < 40
+
+
+@pytest.mark.parametrize("script", ONE)
+def test_a_non_finite_metric_stops_with_its_name_and_step(script, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module(script), "reconstruction_loss", lambda x, y, eta: (x - y).mean() / 0)
+    message = fails(capsys, script, *flags, "--save-every", "9", "--out", tmp_path / "run")
+    assert re.search(r"step 2: not finite: loss_d nan, loss_real", message)
 
 
 def close(one: dict, two: dict, within: float) -> bool:
@@ -220,7 +232,7 @@ def test_a_killed_rank_ends_the_run_and_leaves_a_checkpoint(script, flags, tmp_p
 @pytest.mark.parametrize("script", ONE)
 def test_ranks_must_share_the_batch(script, flags, tmp_path):
     done = run(script, *flags, "--batch-size", "3", cwd=tmp_path, ranks=2)
-    assert done.returncode != 0 and "--batch-size 3: accepted are multiples of the 2 ranks" in done.stderr
+    assert done.returncode != 0 and "--batch-size: 3 is not a multiple of the 2 ranks" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -272,25 +284,25 @@ def test_bad_flags_are_named_with_what_is_accepted(script, flags, tmp_path, caps
         assert re.search("from .* to|choose from", message), message
     assert "unrecognized arguments: --no-such" in fails(capsys, script, "--no-such")
     if not torch.cuda.is_available():
-        assert "--device cuda: this machine has none" in fails(capsys, script, *flags, "--device", "cuda")
+        assert "--device: this machine has no cuda" in fails(capsys, script, *flags, "--device", "cuda")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_checkpoints(script, finished, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert f"no run of {script}.py" in fails(capsys, script, "--sample", "1")
-    assert f"no run of {script}.py" in fails(capsys, script, "--resume")
+    assert f"no runs/{script}-*/checkpoint.pt in" in fails(capsys, script, "--sample", "1")
+    assert f"no runs/{script}-*/checkpoint.pt in" in fails(capsys, script, "--resume")
     assert "nowhere" in fails(capsys, script, "--sample", "1", "--checkpoint", "nowhere/checkpoint.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
-    assert "text.pt is not a checkpoint" in fails(capsys, script, "--sample", "1", "--checkpoint", "text.pt")
+    assert "text.pt' is not a checkpoint" in fails(capsys, script, "--sample", "1", "--checkpoint", "text.pt")
     whole = (finished[script][0] / "checkpoint.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-    assert "half.pt is not a checkpoint" in fails(capsys, script, "--resume", "--checkpoint", "half.pt")
+    assert "half.pt' is not a checkpoint" in fails(capsys, script, "--resume", "--checkpoint", "half.pt")
     content = load(finished[script][0] / "checkpoint.pt") | {"script": "other"}
     torch.save(content, tmp_path / "other.pt")
     message = fails(capsys, script, "--resume", "--checkpoint", "other.pt")
-    assert f"other.pt is not a checkpoint of {script}.py" in message
-    assert "--checkpoint: goes with one of --" in fails(capsys, script, "--checkpoint", "half.pt")
+    assert f"'other.pt': it is not one of {script}.py" in message
+    assert "--checkpoint: goes with --resume" in fails(capsys, script, "--checkpoint", "half.pt")
 
 
 def test_out_that_holds_something_is_refused(script, flags, finished, capsys):
