@@ -15,6 +15,7 @@ import copy
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import began
+import common
 import ebgan
 import unrolled_gan
 import wgan_gp
@@ -304,7 +306,7 @@ BENCHES = {  # name: script, its flags, what it is timed against, what takes the
     "ebgan-pytorch-gan": (ebgan, ["--latent", "62"], their_script, theirs),
     "unrolled": (unrolled_gan, ["--activation", "relu"], unrolled_textbook, None),
     "unrolled-0": (unrolled_gan, ["--activation", "relu", "--unroll-steps", "0"], unrolled_textbook, None),
-    "wgan_gp": (wgan_gp, ["--no-augment"], wgan_textbook, None),
+    "wgan_gp": (wgan_gp, [], wgan_textbook, None),
 }
 
 
@@ -313,30 +315,37 @@ class Stop(Exception):
 
 
 def our_step(module, args, images, networks):
-    """The step that ``train`` hands to the loop, and how its batches are refilled."""
-    taken = {}
+    """The ``update`` that ``train`` repeats, and how its batches are refilled."""
+    taken = {"refill": lambda: None}
 
-    def take(_args, _state, _device, step, refill, *_):
-        taken.update(step=step, refill=refill)
+    def repeat(update, _):
+        taken.update(update=update)
         raise Stop
 
-    with mock.patch.object(module, "loop", take), mock.patch.object(module, "build", networks or module.build), \
-            mock.patch.object(module.common, "load_images", lambda *_, **__: images), contextlib.suppress(Stop):
+    class Batches(common.Batches):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            taken.update(refill=self.refill)
+
+    with tempfile.TemporaryDirectory() as args.out, mock.patch.object(module, "repeat", repeat), \
+            mock.patch.object(module, "build", networks or module.build), \
+            mock.patch.multiple(common, load_images=lambda *_: images, Batches=Batches), contextlib.suppress(Stop):
         module.train(args)
-    return taken["step"], taken["refill"]
+    return taken["update"], taken["refill"]
 
 
 def bench(name: str, device: torch.device, seconds: float, extra: list[str]) -> dict:
     module, flags, make_textbook, networks = BENCHES[name]
-    args = module.parse_arguments([*flags, *extra, "--device", device.type])
+    args = module.settings([*flags, *extra, "--device", device.type])
     size, channels = getattr(args, "image_size", 2), 1 if module is ebgan else 3
     images = torch.randint(256, (2048, channels, size, size), dtype=torch.uint8)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     step, refill = our_step(module, args, images, networks)
-    contestants = {"ours": iter(step, None)} if device.type == "cpu" else {
-        "ours": module.replays(step), "eager": iter(our_step(module, args, images, networks)[0], None)}
+    contestants = {"ours": module.repeat(step, device.type == "cuda")}
+    if device.type == "cuda":
+        contestants["eager"] = module.repeat(our_step(module, args, images, networks)[0], False)
     contestants["textbook"] = iter(make_textbook(args, images, device), False)
     peaks = {}
     for name_, run in contestants.items():  # ours first: its peak is its own

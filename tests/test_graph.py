@@ -57,18 +57,17 @@ def graphs(script, monkeypatch) -> list[Graph]:
         with graph, torch.device("meta"):  # a tensor made without ``device=`` would not lie on the GPU, nor here
             yield
 
-    stream = type("Stream", (), {"wait_stream": lambda *_: None})
-    for name, stands_in in dict(CUDAGraph=Graph, graph=capture, Stream=stream, current_stream=stream,
-                                stream=lambda _: contextlib.nullcontext()).items():
+    repeat = module(script).repeat
+    for name, stands_in in dict(CUDAGraph=Graph, graph=capture, current_stream=object).items():
         monkeypatch.setattr(torch.cuda, name, stands_in)
-    monkeypatch.setattr(module(script), "iter", lambda step, _: module(script).replays(step), raising=False)
+    monkeypatch.setattr(module(script), "repeat", lambda update, graph: repeat(update, True))
     return captured
 
 
 @pytest.mark.parametrize("script, more", [
     ("began", ""), ("began", "--precision bf16 --hflip"), ("ebgan", ""), ("ebgan", "--precision bf16 --layers paper"),
     ("unrolled_gan", ""), ("unrolled_gan", "--unroll-steps 0 --data grid"), ("unrolled_gan", "--fresh --g-loss saddle"),
-    ("wgan_gp", ""), ("wgan_gp", "--precision bf16 --no-augment")])
+    ("wgan_gp", ""), ("wgan_gp", "--precision bf16 --augment")])
 def test_replays_equal_eager_steps(script, more, flags, tmp_path, request):
     flags = [*flags, "--steps", "8", "--log-every", "1", *more.split()]
     module(script).main([*flags, "--out", str(tmp_path / "eager")])
@@ -84,6 +83,18 @@ def test_replays_take_what_the_host_has_filled_in(script, flags, tmp_path, reque
     from_host = functools.partialmethod(common.Batches.__init__, resident=False)
     monkeypatch.setattr(common.Batches, "__init__", from_host)
     test_replays_equal_eager_steps(script, "", flags, tmp_path, request)
+
+
+def test_a_failed_capture_goes_on_eagerly(script, flags, tmp_path, graphs, monkeypatch, capsys):
+    def fails(_, stream, **__):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    module(script).main([*flags, "--steps", "5", "--out", str(tmp_path / "failed")])
+    assert f"{script}: no CUDA graph, but eager steps: operation not permitted when" in capsys.readouterr().err
+    monkeypatch.undo()
+    module(script).main([*flags, "--steps", "5", "--out", str(tmp_path / "eager")])
+    assert same_state(load(tmp_path / "eager/checkpoint.pt"), load(tmp_path / "failed/checkpoint.pt"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
