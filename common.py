@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import re
@@ -18,7 +19,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -62,14 +63,19 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def file_lock(path, wait=True):
-    import fcntl
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise OSError(f"{str(path)!r} is in use by another process") from error
+def file_lock(path: str | Path, wait: bool) -> Iterator[None]:
+    """Hold the lock of a file. Where another process has it: wait, or else OSError. No lock where files have none."""
+    with ExitStack() as stack:
+        with suppress(ImportError):  # on Windows
+            import fcntl
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"another process is using {str(Path(path).parent)!r}") from None
+            except OSError:  # on some network drives
+                pass
         yield
 
 
@@ -382,29 +388,47 @@ def draw_fish(rng: random.Random, size: int) -> tuple[Image.Image, int]:
 
 DRAWN = {"digits": (draw_digit, 1), "faces": (draw_face, 3), "fish": (draw_fish, 3)}  # with their own channels
 DRAWN_COUNT, DRAWN_SEED, DRAWING_VERSION = 6_000, 0, 1  # raise the version when a drawing changes
+STACKED = {"stacked": "digits", "stacked-mnist": "mnist"}  # and the sets whose digits are stacked
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # what Pillow may find inside, whatever the suffix says
-ACCEPTED = f"{', '.join([*DRAWN, *TORCHVISION])} or a folder with pictures ({' '.join(SUFFIXES)})"
+NAMES = [*DRAWN, *STACKED, *TORCHVISION]
+FILE_TYPES = Image.registered_extensions()  # {".jpg": "JPEG", ...} of the installed Pillow
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
+           if name in FILE_TYPES.values()]
+SUFFIXES = tuple(suffix for suffix in FILE_TYPES if FILE_TYPES[suffix] in FORMATS)
+ACCEPTED = f"{', '.join(NAMES)} or a folder with pictures ({' '.join(FORMATS)})"
 CELEBA_BOX = (35, 55, 143, 163)  # the central 108 x 108 of 178 x 218, as in DCGAN and shekkizh/EBGAN.tensorflow
 MAX_PIXELS = 64_000_000  # a picture takes up to 8 bytes a pixel while it is decoded
-CACHE_VERSION = 1  # raise it when to_array changes
+# MAP_NORESERVE (0x4000), because Linux would else refuse to map a file larger than the memory
+COPY_ON_WRITE = {"access": mmap.ACCESS_COPY} if sys.platform != "linux" else {"flags": mmap.MAP_PRIVATE | 0x4000}
+CACHE_VERSION = 2  # raise it when to_array or the cache changes
 
 
 def load_images(source: str, image_size: int, channels: int | None = None, root: str = "data") -> Tensor:
     """All pictures of `source` in a fixed order: uint8 [N, channels, image_size, image_size], 0 to 255.
 
-    source: a drawn set (digits, faces, fish), a torchvision training set (mnist, fashion, cifar10, celeba; kept in
-        `root`) or a folder, read with its subfolders. All but the small torchvision sets are decoded once into
-        `root`/cache and memory-mapped READ-ONLY, so they may exceed the memory. Bad pictures are skipped and named.
-    channels: 1 (luminance), 3, or None for what the set has itself (a folder: 3).
+    source: a procedurally generated set (digits, faces, fish), three digits as red, green and blue (stacked,
+        stacked-mnist), a torchvision training set (mnist, fashion, cifar10, celeba; kept in `root`) or a folder, read
+        with its subfolders. Generated sets, CelebA and folders are decoded once, by one process at a time, into
+        `root`/cache and memory-mapped copy-on-write, so they may exceed the memory. Bad pictures are skipped.
+    channels: 1 (luminance), 3, or None for what the set has itself; a folder has 1 if all its files are greyscale.
+    Greyscale files with more than 8 bits share one scale: white is the greatest value in any file of the folder, black
+    is 0, or the least value if it is negative.
     Raises ValueError for a wrong argument or a folder without a usable picture, and OSError for a failed download or
     a `root` that cannot be written; each with a message of one line.
     """
     if type(image_size) is not int or image_size < 1 or channels not in (None, 1, 3):
         raise ValueError(f"image_size must be a positive int, not {image_size!r}; channels 1 or 3, not {channels!r}")
+    source, root = os.path.expanduser(source), os.path.expanduser(root)
+    if source in NAMES and os.path.isdir(source) and os.path.abspath(root) != os.getcwd():
+        raise ValueError(f"{source!r} is a data set and also a folder here: give ./{source} to use the folder, or "
+                         "rename the folder to use the data set")
     if source in DRAWN:
         return _draw(source, image_size, channels or DRAWN[source][1], root)[0]
+    if source in STACKED:
+        if channels == 1:
+            raise ValueError(f"{source!r} has 3 channels")
+        digits = load_images(STACKED[source], image_size, 1, root)
+        return digits[_stacked(len(digits))].squeeze(2)
     if source == "celeba":
         names = {os.path.join("img_align_celeba", name) for name in _torchvision(source, root).filename}
         return _read_folder(os.path.join(root, "celeba"), image_size, channels or 3, root, names)
@@ -418,67 +442,108 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
         images = torch.cat([functional.resize(part, [image_size] * 2, antialias=True) for part in parts])
         return images.expand(-1, channels or -1, -1, -1).contiguous()
     if os.path.isdir(source):
-        return _read_folder(source, image_size, channels or 3, root)
+        return _read_folder(source, image_size, channels, root)
+    if os.path.isfile(source):
+        raise ValueError(f"{source!r} is a file: give the folder with the pictures; unpack an archive before")
     raise ValueError(f"no such data: {source!r}; give {ACCEPTED}")
 
 
 def load_labels(source: str, root: str = "data") -> Tensor:
-    """The classes of a drawn set, mnist, fashion or cifar10: int64 [N]. ValueError for a set that has none."""
+    """The classes of digits, faces, fish, mnist, fashion, cifar10, or stacked digits (0 to 999): int64 [N]."""
     if source in DRAWN:
         return torch.tensor(_draw(source, 32, DRAWN[source][1], root)[1]["labels"])
+    if source in STACKED:
+        digits = load_labels(STACKED[source], root)
+        return digits[_stacked(len(digits))] @ torch.tensor([100, 10, 1])
     if source not in TORCHVISION or source == "celeba":
         raise ValueError(f"{source!r} has no labels")
     return torch.as_tensor(_torchvision(source, root).targets)
 
 
-def to_array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
+def spread(images: Tensor, count: int) -> Tensor:
+    """At most `count` of the images [N, ...], spread evenly over the set and in order, without exact duplicates."""
+    count = min(count, len(images))
+    chosen = images[torch.arange(count) * (len(images) - 1) // max(1, count - 1)]
+    return torch.stack(list({image.cpu().numpy().tobytes(): image for image in chosen}.values()))
+
+
+def to_array(image: Image.Image, image_size: int, channels: int, levels: tuple | None = None) -> np.ndarray:
     """A picture of any mode and shape as uint8 [channels, image_size, image_size]; ValueError above MAX_PIXELS.
 
-    It is turned upright (EXIF), cut to its central square, resized (bicubic, antialiased) and laid on white.
+    EXIF orientation is applied, the central square is resized (bicubic, antialiased) and composited on white.
+    levels: black and white of greyscale with more than 8 bits; by default those of this picture alone.
     """
     image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG need not be decoded much larger than this
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":  # 16- and 32-bit grey: scaled here, because Pillow's own conversion clips it at 255
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        whites = [65535] if ";16" in image.mode else [1, 255, 65535, grey.max()]  # 32 bits: the least that fits
-        white = next(white for white in whites if grey.max() <= white)
-        image = Image.fromarray((grey.clip(0, white) * (255 / white)).round().astype(np.uint8))
+    if image.mode[0] in "IF":  # scaled here, because Pillow's own conversion clips at 255
+        black, white = levels or _levels(image)[1:]
+        grey = np.nan_to_num(np.asarray(image, np.float32), nan=black).clip(black, white) - black
+        image = Image.fromarray((grey * (255 / (white - black or 1))).round().astype(np.uint8))
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image = ImageOps.fit(image, (image_size, image_size))
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
-    return np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1))
+
+
+def _levels(image: Image.Image) -> tuple[str, float, float]:
+    """The mode of a picture and, of greyscale with more than 8 bits, its least and greatest value or 0."""
+    if image.mode[0] not in "IF" or image.width * image.height > MAX_PIXELS:
+        return image.mode, 0.0, 0.0
+    values = np.asarray(image, np.float32)
+    values = values[np.isfinite(values)]
+    return image.mode, float(values.min(initial=0)), float(values.max(initial=0))
+
+
+def _stacked(count: int) -> Tensor:
+    """Which of `count` digits are the red, green and blue of 25,600 stacked pictures."""
+    return torch.randint(count, (25_600, 3), generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def _alone(root: str) -> Iterator[None]:
+    """Let one process at a time prepare data in `root`."""
+    waiting = threading.Timer(3, print, ["waiting for another process to prepare the data"], {"file": sys.stderr})
+    waiting.daemon = True
+    waiting.start()
+    try:
+        with file_lock(Path(root, "cache", ".lock"), wait=True):
+            waiting.cancel()
+            yield
+    finally:
+        waiting.cancel()
 
 
 def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
     """The training split of a torchvision set, downloaded into `root` if it is not there. Raises OSError."""
     try:
         from torchvision import datasets
-        return getattr(datasets, TORCHVISION[source])(root, download=True)
+        with _alone(root):
+            return getattr(datasets, TORCHVISION[source])(root, download=True)
     except Exception as error:  # no network, a quota, a broken archive, a missing package...
         raise OSError(f"{source} failed ({_reason(error)}); give a folder of pictures: --data FOLDER") from error
 
 
 def _draw(source: str, image_size: int, channels: int, root: str) -> tuple[Tensor, dict]:
-    """A drawn set, as `_cached` returns it."""
+    """A generated set, as `_cached` returns it."""
     def draw(index: int) -> tuple[Image.Image, int]:
         return DRAWN[source][0](random.Random(f"{DRAWN_SEED}-{index}"), image_size)
     return _cached(source, [DRAWN_SEED, DRAWING_VERSION], range(DRAWN_COUNT), draw, image_size, channels, root)
 
 
-def _read_folder(folder: str, image_size: int, channels: int, root: str, celeba: set[str] = set()) -> Tensor:
+def _read_folder(folder: str, image_size: int, channels: int | None, root: str, celeba: set[str] = set()) -> Tensor:
     """The pictures below `folder`, sorted by path; with `celeba` only those paths, cropped. See `load_images`."""
     def read(name: str) -> tuple[Image.Image, str]:
         path = os.path.join(folder, name)
-        if not os.path.isfile(path):  # to open a pipe would be to wait for ever
+        if not os.path.isfile(path):  # opening a pipe would wait for ever
             raise OSError("broken link, closed folder or not a file")
         image = Image.open(path, formats=FORMATS)
         return image.crop(CELEBA_BOX) if celeba else image, name
 
-    found, seen, start = [], set(), len(os.path.join(folder, ""))
+    found, others, seen, start = [], Counter(), set(), len(os.path.join(folder, ""))
     walk = os.walk(folder, followlinks=True, onerror=lambda error: found.append([error.filename[start:]]))
     for where, folders, files in walk:
         folders.sort()  # so that of two ways to one folder always the same is taken
@@ -486,79 +551,103 @@ def _read_folder(folder: str, image_size: int, channels: int, root: str, celeba:
             folders.clear()
             continue
         seen.add(real)
+        others.update(Path(name).suffix.lower() for name in files if not name.lower().endswith(SUFFIXES))
         for path in [os.path.join(where, name) for name in files if name.lower().endswith(SUFFIXES)]:
             stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.exists(path) else []
             found.append([path[start:], *stamp])
     found = sorted(entry for entry in found if not celeba or entry[0] in celeba)
     name, names = os.path.abspath(folder), [entry[0] for entry in found]
-    return _cached(name, [found, bool(celeba)], names, read, image_size, channels, root)[0]
+    most = ", ".join(f"{count:,} {ascii(suffix)[1:-1][:9] or 'unnamed'}" for suffix, count in others.most_common(5))
+    remark = f", {others.total():,} files not read ({most})" if others and not celeba else ""
+    return _cached(name, [found, bool(celeba)], names, read, image_size, channels, root, not celeba, remark)[0]
 
 
-def _cached(name: str, content: list, items: Sequence, read: Callable, image_size: int, channels: int,
-            root: str) -> tuple[Tensor, dict]:
+def _cached(name: str, content: list, items: Sequence, read: Callable, image_size: int, channels: int | None,
+            root: str, survey: bool = False, remark: str = "") -> tuple[Tensor, dict]:
     """The pictures read(item) -> (PIL picture, label) of all items, from a file in `root`/cache, made if need be.
 
-    The name of the file holds a digest of `content`: when that changes, a new file is made and the old one goes. It
-    and a .json are renamed into place when complete, the .json last; a file without it does not count.
-    Returns the memory-mapped uint8 [N, C, H, W] and the .json: shape, labels, skipped (pairs of item and reason).
+    The name of the file holds a digest of `content`: when that changes, a new file replaces the old one. A .json with
+    checksums is written last; a file without it, or with other checksums, does not count.
+    survey: look at all pictures beforehand, for the channels (unless given) and for the scale of grey levels.
+    Returns the memory-mapped uint8 [N, C, H, W] and the .json: labels, checksums, skipped (pairs of item and reason),
+    own (channels of the set itself) and remark (on the set; the argument `remark` is on the folder as it is now).
     """
     keys = name, [CACHE_VERSION, len(items), content]
     place, state = (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in keys)
-    shown = ascii(os.path.basename(name))[1:-1]
-    stem = f"{re.sub('[^A-Za-z0-9]+', '-', shown)[:40]}-{place}-{image_size}x{channels}-"
-    file = Path(root, "cache", f"{stem}{state}.u8")
-    notes, temporary = file.with_suffix(".json"), file.with_suffix(f".{os.urandom(4).hex()}.tmp")
+    shown, folder = ascii(os.path.basename(name))[1:-1], Path(root, "cache")
+    stem = f"{re.sub('[^A-Za-z0-9]+', '-', shown)[:40]}-{place}-{image_size}x"
 
-    def attempt(item: int | str) -> tuple[bytes, int | str | list]:
+    def mapped(how: str) -> tuple[Tensor, dict] | None:
+        for number in (channels,) if channels else (1, 3):
+            file = folder / f"{stem}{number}-{state}.u8"
+            with suppress(Exception), open(file, "rb") as opened:  # not there, or damaged
+                notes = json.loads(file.with_suffix(".json").read_text())
+                images = torch.frombuffer(mmap.mmap(opened.fileno(), 0, **COPY_ON_WRITE), dtype=torch.uint8)
+                images = images.view(len(notes["labels"]), number, image_size, image_size)
+                every, sums = 1 + images.nbytes // 2**31, []  # above 2 GB not all are checked, to start fast
+                for index in range(0, len(images), every):
+                    opened.seek(index * images[0].nbytes)
+                    sums.append(zlib.crc32(opened.read(images[0].nbytes)))
+                if sums == notes["checksums"][::every] and (channels or notes["own"]) == number:
+                    told = f"{how}, {len(notes['skipped']):,} skipped{notes['remark']}{remark}"
+                    print(f"{shown}: {len(images):,} pictures {told}", file=sys.stderr)
+                    return images, notes
+        return None
+
+    def attempt(task: Callable, item: int | str) -> tuple:
         try:
             image, label = read(item)
             with image:
-                return to_array(image, image_size, channels).tobytes(), label
+                return task(image), label
         except Exception as error:  # Pillow raises nearly every kind, MemoryError and struct.error among them
-            return b"", [item, _reason(error)]
+            return None, [item, _reason(error)]
 
-    def mapped(how: str) -> tuple[Tensor, dict]:
-        info = json.loads(notes.read_text())
-        with warnings.catch_warnings(action="ignore"):  # read-only indeed: a writable map must fit into memory
-            images = torch.from_numpy(np.memmap(file, np.uint8, "r")).view(info["shape"])
-        print(f"{shown}: {len(images):,} pictures {how}, {len(info['skipped']):,} skipped", file=sys.stderr)
-        return images, info
-
-    try:
-        return mapped("from cache")
-    except Exception:  # not there, or damaged: view() fails unless the length is right
-        pass
-    labels, skipped, began = [], [], (told := time.monotonic())
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with (open(temporary, "wb") as out, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-              warnings.catch_warnings(action="ignore")):  # Pillow's remarks on odd metadata
+    def each(task: Callable, told: str) -> Iterator[tuple]:
+        last, every, end = time.monotonic(), *((0.1, "\r") if sys.stderr.isatty() else (10, "\n"))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for first in range(0, len(items), 256):  # in portions, because pool.map queues all that it is given
-                for pixels, label in pool.map(attempt, items[first:first + 256]):
-                    out.write(pixels)
-                    (labels if pixels else skipped).append(label)
-                if (now := time.monotonic()) - told > (0.1 if sys.stderr.isatty() else 10):
-                    told, done, end = now, len(labels) + len(skipped), "\r" if sys.stderr.isatty() else "\n"
-                    print(f"{shown}: {done:,}/{len(items):,}, {done / (now - began):,.0f}/s ", end=end, file=sys.stderr)
-        for item, reason in skipped[:10]:
-            print(f"skipped {ascii(item)}: {reason}", file=sys.stderr)
-        if not labels:
-            raise ValueError(f"no usable picture in {name!r} ({len(skipped):,} skipped); give {ACCEPTED}")
+                if (now := time.monotonic()) - last > every:
+                    last = now
+                    print(f"{shown}: {told} {first:,} of {len(items):,} ", end=end, file=sys.stderr)
+                yield from pool.map(functools.partial(attempt, task), items[first:first + 256])
+
+    if ready := mapped("from cache"):
+        return ready
+    with _alone(root), warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd metadata
+        if ready := mapped("from cache"):  # made by another process meanwhile
+            return ready
+        began, own, levels, told = time.monotonic(), channels or 3, None, ""
+        if survey and (looks := [look for look, _ in each(_levels, "looked at") if look]):
+            modes, least, most = zip(*looks)
+            own, levels = 1 if {mode[0] for mode in modes} <= set("1LIF") else 3, (min(least), max(most))
+            if levels != (0, 0):
+                told = f", of more than 8 bits {levels[0]:g} is black and {levels[1]:g} white"
+        number, labels, skipped, checksums, flat = channels or own, [], [], [], 0
+        file = folder / f"{stem}{number}-{state}.u8"
+        with atomic_write(file) as out:
+            for array, label in each(lambda image: to_array(image, image_size, number, levels), "decoded"):
+                if array is None:
+                    skipped.append(label)
+                    continue
+                out.write(array)
+                labels.append(label)
+                checksums.append(zlib.crc32(array))
+                flat += int(np.ptp(array, axis=(1, 2)).max() < 8)
+            for item, reason in skipped[:10]:
+                print(f"skipped {ascii(item)}: {reason}", file=sys.stderr)
+            if not labels:
+                raise ValueError(f"no usable picture in {name!r} ({len(skipped):,} skipped{remark}); give {ACCEPTED}")
         if len(skipped) > 10:
-            print(f"and {len(skipped) - 10:,} more, listed in {notes}", file=sys.stderr)
-        os.replace(temporary, file)
-        shape = [len(labels), channels, image_size, image_size]
-        temporary.write_text(json.dumps({"shape": shape, "labels": labels, "skipped": skipped}))
-        os.replace(temporary, notes)
-        for old in set(file.parent.glob(f"{stem}*")) - {file, notes}:
-            if old.suffix != ".tmp":  # that another process may be writing
-                old.unlink(missing_ok=True)
+            print(f"and {len(skipped) - 10:,} more, listed in {file.with_suffix('.json')}", file=sys.stderr)
+        told += f", {flat:,} nearly constant" if flat else ""
+        notes = {"labels": labels, "checksums": checksums, "skipped": skipped, "own": own, "remark": told}
+        with atomic_write(file.with_suffix(".json")) as out:
+            out.write(json.dumps(notes).encode())
+        for old in [*folder.glob(f"{stem}{number}-*"), *folder.glob("*.tmp*")]:
+            if old.stem != file.stem:  # outdated, or left by a process that was killed
+                with suppress(OSError):
+                    old.unlink()
         return mapped(f"decoded in {time.monotonic() - began:.0f} s")
-    except OSError as error:
-        raise OSError(f"cannot keep pictures in {str(file.parent)!r}: {_reason(error)}") from error
-    finally:
-        if os.path.exists(temporary):
-            temporary.unlink()
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -569,18 +658,14 @@ def normalise(images: Tensor) -> Tensor:
     return images.div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
-def spread(images: Tensor, count: int) -> Tensor:
-    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
-
-
 class Batches:
-    """Random batches [batch_size / world, C, H, W] of a uint8 data set [N, C, H, W], normalised, on ``device``.
+    """Random batches [batch_size / world, C, H, W] of a uint8 data set [N, C, H, W], normalised, on `device`.
 
-    The data set is copied to the device when it takes at most half of the free memory, and indexed there; else the
-    host fills a buffer on the device, at ``refill``, to be called before every step. So a step that takes a batch by
-    ``batches()`` (or ``batches(i)`` for i < ``per_step``) is pure device work and can be captured in a CUDA graph.
-    Pictures are drawn with replacement. All ranks draw the same global batch and take their own share of it; with
-    ``hflip`` every other picture is mirrored.
+    The data set is copied to the device if it takes at most half of the free memory, and indexed there. Otherwise the
+    host fills a buffer on the device at `refill`, to be called before every step. So a step that takes a batch by
+    `batches()` (or `batches(i)` for i < `per_step`) is pure device work and can be captured in a CUDA graph. Pictures
+    are drawn with replacement. All ranks draw the same global batch and take their own share of it.
+    hflip: random horizontal flip, p = 0.5.
     """
 
     def __init__(self, images: Tensor, batch_size: int, device: torch.device, hflip: bool = False, rank: int = 0,
@@ -592,35 +677,34 @@ class Batches:
         shape = (per_step, batch_size // world, *images.shape[1:])
         self.buffer = None if resident else torch.empty(shape, dtype=torch.uint8, device=device)
 
-    def _mine(self, numbers: Tensor) -> Tensor:
+    def _indices(self) -> Tensor:
+        """This rank's share of the random indices of a batch."""
+        numbers = torch.randint(len(self.images), (self.batch_size,), device=self.images.device)
         return numbers.chunk(self.world)[self.rank]
 
     def refill(self) -> None:
-        """Puts the next pictures into the buffer, if there is one."""
+        """Copy the next batches into the buffer, if there is one."""
         for slot in () if self.buffer is None else self.buffer:
-            batch = self.images[self._mine(torch.randint(len(self.images), (self.batch_size,)))]
+            batch = self.images[self._indices()]
             slot.copy_(batch.pin_memory() if self.device.type == "cuda" else batch, non_blocking=True)
 
     def __call__(self, number: int = 0) -> Tensor:
-        if self.buffer is None:
-            batch = self.images[self._mine(torch.randint(len(self.images), (self.batch_size,), device=self.device))]
-        else:
-            batch = self.buffer[number]
+        batch = self.images[self._indices()] if self.buffer is None else self.buffer[number]
         if self.hflip:
-            mirrored = self._mine(torch.rand(self.batch_size, device=self.device)) < 0.5
-            batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
+            flipped = torch.rand(self.batch_size, device=self.device).chunk(self.world)[self.rank] < 0.5
+            batch = torch.where(flipped[:, None, None, None], batch.flip(3), batch)
         return normalise(batch)
 
 
 def augment(images: Tensor, rank: int = 0, world: int = 1, *, rotation: float = 25, shift: tuple = (0.05, 0.1),
             shear: float = 10, zoom: tuple = (0.95, 1.2), brightness: tuple = (0.8, 1.4), gain: float = 0.4) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1], each turned, shifted, sheared, zoomed, lit and tinted by its own random amounts.
+    """Rotate, shift, shear, zoom, brighten and tint each of the images [N, C, H, W] in [-1, 1] by random amounts.
 
-    rotation, shear: up to so many degrees either way; shift: up to these shares of width and height either way.
-    zoom: between these sizes. brightness: factor of all channels, between these. gain: factor of every single channel,
-    drawn from a triangle from 1 - gain to 1 + gain with its peak at 1. Factors act on values from 0 (black) to 1.
-    One bilinear resampling moves the pixels; beyond the edge the picture is mirrored. The draws are those of a batch of
-    N * world images, of which ``rank`` takes its share.
+    rotation, shear: at most so many degrees either way; shift: at most these fractions of width and height either way.
+    zoom: range of the factor of size. brightness: range of the factor of all channels. gain: each channel has its own
+    factor, from a triangular distribution on [1 - gain, 1 + gain]. These factors act on values from 0 (black) to 1.
+    Pixels are resampled once, bilinearly; beyond the edge the picture is reflected. The random numbers are those of a
+    batch of N * world images, of which `rank` takes its share.
     """
     chance = torch.rand(len(images) * world, 6 + 2 * images.shape[1], device=images.device).chunk(world)[rank]
     turn, lean, size, light, right, down = chance[:, :6].unbind(dim=1)
@@ -674,7 +758,10 @@ def save_strip(rows: Tensor, path: str | Path) -> None:
 
 
 def save_pngs(images: Tensor, folder: str | Path, first: int = 0) -> None:
-    """Write images [N, C, H, W] (as for `save_grid`) as folder/00000.png and so on, numbered from `first`."""
+    """Write images [N, C, H, W] (as for `save_grid`) as folder/00000.png and so on, numbered from `first`.
+
+    Real images for an FID tool: `python -c "import common; common.save_pngs(common.load_images('faces', 32), 'real')"`
+    """
     arrays = to_bytes(images).cpu().permute(0, 2, 3, 1).numpy()
     arrays = arrays[..., 0] if arrays.shape[-1] == 1 else arrays
 
@@ -828,8 +915,8 @@ def _axis(low: float, high: float, log: bool, start: float, end: float) -> tuple
 
 def _rows(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
     """Both as float [N, D] and [M, D] on the device of `samples`, uint8 read as [-1, 1]; ValueError if unusable."""
-    if min(len(samples), len(data)) < 2 or samples.shape[1:] != data.shape[1:]:
-        raise ValueError(f"need two or more of one shape on each side, got {tuple(samples.shape)}, {tuple(data.shape)}")
+    if min(len(samples), len(data)) < 1 or samples.shape[1:] != data.shape[1:]:
+        raise ValueError(f"need samples and data of one shape, got {tuple(samples.shape)}, {tuple(data.shape)}")
     sides = (side.detach().to(samples.device).reshape(len(side), -1) for side in (samples, data))
     first, second = (side.float() / 127.5 - 1 if side.dtype == torch.uint8 else side.float() for side in sides)
     return first, second
@@ -841,7 +928,7 @@ def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 256, se
     SW = mean over unit directions t of W1(t.x, t.y), where in one dimension W1 = integral over q in [0, 1] of
     |quantile_x(q) - quantile_y(q)|, exact for any N and M (Rabin et al. 2011; Bonneel et al. 2015). Not scaled by the
     dimension D: a shift by v gives about 0.8 |v| / sqrt(D), so for images it is in units of a pixel value on [-1, 1],
-    whatever their size. The directions depend on `seed` alone. Raises ValueError unless N, M > 1 and shapes match.
+    whatever their size. The directions depend on `seed` alone. Raises ValueError unless N, M > 0 and shapes match.
     """
     x, y = _rows(samples, data)
     directions = torch.randn(x.shape[1], projections, generator=torch.Generator().manual_seed(seed)).to(x)
@@ -864,14 +951,13 @@ def compare(samples: Tensor, data: Tensor) -> dict[str, float]:
 def diversity_ratio(samples: Tensor, data: Tensor) -> float:
     """Mean Euclidean distance over pairs of samples [N, ...], divided by that over pairs of data [M, ...].
 
-    0 if all samples are one image (mode collapse), 1 if they are as varied as the data. The cost grows with N^2: a few
-    hundred of each suffice. Raises ValueError unless N, M > 1, shapes match and the data differ.
+    0 if all samples are one image (mode collapse), 1 if they are as varied as the data, NaN if there is one sample or
+    the data do not differ. The cost grows with N^2: a few hundred of each suffice. Raises ValueError unless N, M > 0
+    and shapes match.
     """
     x, y = _rows(samples, data)
-    spread = torch.pdist(y).mean().item()
-    if spread == 0:
-        raise ValueError("the data are all the same, so there is nothing to compare the samples with")
-    return torch.pdist(x).mean().item() / spread
+    varied = torch.pdist(y).mean().item()
+    return torch.pdist(x).mean().item() / varied if varied > 0 else math.nan
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -1002,7 +1088,9 @@ def on_signals(act: Callable) -> Iterator[None]:
     kinds = [kind for name in ("SIGINT", "SIGTERM", "SIGHUP") if (kind := getattr(signal, name, None))]
     if threading.current_thread() is not threading.main_thread():
         kinds = []
-    former = {kind: signal.signal(kind, act) for kind in kinds if signal.getsignal(kind) != signal.SIG_IGN}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+        kinds = kinds[:2]
+    former = {kind: signal.signal(kind, act) for kind in kinds}
     try:
         yield
     finally:

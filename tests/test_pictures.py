@@ -329,8 +329,15 @@ def test_diversity_against_a_double_loop():
     assert p.diversity_ratio(x, y) == pytest.approx(spread(x) / spread(y), rel=1e-5)
     assert p.diversity_ratio(y, y) == pytest.approx(1)
     assert p.diversity_ratio(x[:1].repeat(6, 1, 1, 1), y) == 0  # collapse
-    with pytest.raises(ValueError, match="data"):
-        p.diversity_ratio(y, x[:1].repeat(6, 1, 1, 1))
+    for sample, data in [(y, x[:1].repeat(6, 1, 1, 1)), (y, y[:1]), (y[:1], y), (x[:1], x[:1])]:
+        assert math.isnan(p.diversity_ratio(sample, data))  # nothing to compare
+
+
+def test_sliced_wasserstein_of_one_picture():
+    x, y = torch.randn(1, 3, 4, 4), torch.randn(9, 3, 4, 4)
+    assert p.sliced_wasserstein(x, x) == 0
+    assert p.sliced_wasserstein(x, x.repeat(9, 1, 1, 1)) == pytest.approx(0, abs=1e-6)
+    assert p.sliced_wasserstein(x, y) == pytest.approx(p.sliced_wasserstein(x.repeat(9, 1, 1, 1), y), rel=1e-5)
 
 
 @pytest.mark.parametrize("measure", [p.sliced_wasserstein, p.diversity_ratio])
@@ -338,6 +345,6 @@ def test_measures_read_bytes_and_refuse_misfits(measure):
     x, y = (torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8) for _ in range(2))
     floats = measure(x / 127.5 - 1, (y / 127.5 - 1).requires_grad_())
     assert measure(x, y) == pytest.approx(floats, rel=1e-5) == measure(x / 127.5 - 1, y)
-    for a, b in [(x[:0], y), (x, y[:1]), (x, y[:, :1]), (x, y.flatten(1))]:
+    for a, b in [(x[:0], y), (x, y[:0]), (x, y[:, :1]), (x, y.flatten(1))]:
         with pytest.raises(ValueError, match="one shape"):
             measure(a, b)
