@@ -105,7 +105,7 @@ def pixel(folder: Path, root: Path, channels: int | None = None, size: int = 8) 
 
 def kept(root: Path) -> set[Path]:
     """The files of the cache."""
-    return {path for path in (root / "cache").iterdir() if path.name != "lock"}
+    return {path for path in (root / "cache").iterdir() if path.name != ".lock"}
 
 
 def photos(folder: Path, count: int = 6) -> Path:
