@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import shutil
 
 import common
@@ -52,6 +53,26 @@ def test_penalty_is_taken_between_real_and_fake_with_one_epsilon_for_each_sample
     assert epsilon.mean().item() == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.parametrize("shape", [(7, 2), (7, 5, 3), (7, 3, 4, 5), (7, 1, 2, 3, 4)])
+def test_penalty_of_samples_of_any_number_of_dimensions(shape):
+    real, fake, epsilon = torch.randn(shape, **DOUBLE), torch.randn(shape, **DOUBLE), torch.rand(7, **DOUBLE)
+    total = 0.0
+    for x, y, e in zip(real.flatten(1).tolist(), fake.flatten(1).tolist(), epsilon.tolist()):
+        between = [e * a + (1 - e) * b for a, b in zip(x, y)]
+        total += (math.sqrt(sum((2 * v) ** 2 for v in between)) - 1) ** 2  # of C(x) = |x|^2
+    penalty = wgan_gp.gradient_penalty(lambda x: x.flatten(1).square().sum(dim=1), real, fake, epsilon)
+    assert penalty.item() == pytest.approx(total / 7, rel=1e-12)
+
+
+def test_penalty_refuses_shapes_that_would_broadcast():
+    critic = lambda x: x.flatten(1).sum(dim=1)
+    for real, fake in (((4, 3), (1, 3)), ((4, 3), (4, 1)), ((4, 3), (4, 1, 3)), ((4,), (4,))):
+        with pytest.raises(ValueError, match="real and fake must be of one shape"):
+            wgan_gp.gradient_penalty(critic, torch.ones(real), torch.ones(fake))
+    with pytest.raises(RuntimeError, match=r"shape '\[4, 1\]' is invalid for input of size 1"):
+        wgan_gp.gradient_penalty(critic, torch.ones(4, 3), torch.ones(4, 3), torch.rand(1))
+
+
 @pytest.mark.parametrize("stddev", (False, True))
 def test_gradient_of_the_penalty_against_finite_differences(stddev):
     torch.manual_seed(1)
@@ -69,10 +90,11 @@ def test_gradient_of_the_penalty_against_finite_differences(stddev):
     assert all(g is not None and g.abs().max() > 0 for n, g in zip(names, gradients) if n.endswith("weight"))
 
 
-def test_critic_loss_by_hand():
+def test_losses_by_hand():
     real, fake, penalty = torch.tensor([1.0, 3.0]), torch.tensor([0.5, -0.5, 0.9]), torch.tensor(0.2)
     want = 0.3 - 2 + 10 * 0.2 + 0.01 * (1 + 9) / 2  # the drift is of real images' scores
     assert wgan_gp.critic_loss(real, fake, penalty, 10, 0.01).item() == pytest.approx(want, rel=1e-6)
+    assert wgan_gp.generator_loss(fake).item() == pytest.approx(-0.3, rel=1e-6)
 
 
 def test_minibatch_stddev_against_loops():
@@ -164,16 +186,16 @@ def test_average_in_closed_form():
     values = [float(value) for value in torch.randn(30)]
     for n, value in enumerate(values):
         torch.nn.init.constant_(network.weight, value)
-        wgan_gp.follow(average, network, torch.tensor(float(n), **DOUBLE), 0.999)
+        wgan_gp.update_ema(average, network, torch.tensor(float(n), **DOUBLE), 0.999)
     # The weight of value n: 9 / (n + 9), times m / (m + 9) for every later m: the first weights have none at all.
     want = sum(v * 9 / (n + 9) * math.prod(m / (m + 9) for m in range(n + 1, 30)) for n, v in enumerate(values))
     assert average.weight.item() == pytest.approx(want, rel=1e-9)
     torch.nn.init.constant_(average.weight, 1.0)
     torch.nn.init.constant_(network.weight, 0.0)
     for n in range(7):  # long after the warm-up
-        wgan_gp.follow(average, network, torch.tensor(1e6 + n, **DOUBLE), 0.9)
+        wgan_gp.update_ema(average, network, torch.tensor(1e6 + n, **DOUBLE), 0.9)
     assert average.weight.item() == pytest.approx(0.9**7, rel=1e-9)
-    wgan_gp.follow(average, network, torch.tensor(1e6, **DOUBLE), 0.0)
+    wgan_gp.update_ema(average, network, torch.tensor(1e6, **DOUBLE), 0.0)
     assert torch.equal(average.weight, network.weight)  # no average
 
 
@@ -187,10 +209,12 @@ def test_schedule_of_the_seed():
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "-1e-3", "2", "nan", "inf", "1e-3:0", "1e-3:-1", "1e-3:inf", "1e-3:nan",
-                                  "1e-3:1,1e-4", "1e-3:1,", "2e-4~1e-4:1", "1e-4~:1", "~1e-4:1", "1e-4~2e-4~3e-4:1"])
-def test_schedules_that_are_none_say_so(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="RATE:SHARE or LOW~HIGH:SHARE, with rates from 1e-9 to 1"):
+                                  "1e-3:1,1e-4", "1e-3,1e-4", "1e-3:1,", "1e-3:1:1", "2e-4~1e-4:1", "1e-4~:1",
+                                  "~1e-4:1", "1e-4~2e-4~3e-4:1"])
+def test_schedules_that_are_none_say_so(text, capsys):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not float from .* to "):
         wgan_gp.parse_schedule(text)
+    assert "argument --lr: " in fails(capsys, "wgan_gp", f"--lr={text}")
 
 
 def test_every_piece_of_the_schedule_comes_in_its_share_of_the_run(data_flags, tmp_path):
@@ -213,19 +237,11 @@ def test_a_longer_resumed_run_keeps_the_length_of_its_schedule(data_flags, tmp_p
     assert [float(row["lr"]) for row in rows(tmp_path / "run")] == [1e-3] * 2 + [5e-4] * 6
 
 
-def test_random_rates_fill_their_range():
-    pieces = torch.tensor([[1e-3, 1e-3, 10], [2e-5, 6e-5, 20], [1e-4, 1e-4, 30]])
-    rates = [[wgan_gp.scheduled_rate(pieces, torch.tensor(float(update)), chance).item() for chance in torch.rand(200)]
-             for update in (0, 9, 10, 19, 20, 29, 30, 1000)]
-    for fixed, want in ((0, 1e-3), (1, 1e-3), (4, 1e-4), (5, 1e-4), (6, 1e-4), (7, 1e-4)):
-        assert len(set(rates[fixed])) == 1 and rates[fixed][0] == pytest.approx(want)
-    for drawn in rates[2:4]:
-        assert 2e-5 <= min(drawn) < 2.1e-5 and 5.9e-5 < max(drawn) <= 6.0001e-5
-        assert sum(drawn) / 200 == pytest.approx(4e-5, rel=0.1)
-
-
 def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-    """Plain WGAN-GP from a checkpoint on: a batch of fakes for each critic update, a backward for each loss."""
+    """Plain WGAN-GP from a checkpoint on: a batch of fakes for each critic update, a backward for each loss.
+
+    Returns all parameters and, under "adam_g" and "adam_c", the gradients of the last update of each network.
+    """
     config, networks = before["config"], {}
     batch, latent = config["batch_size"], config["latent"]
     for name, network in (("generator", wgan_gp.Generator), ("critic", wgan_gp.Critic), ("ema", wgan_gp.Generator)):
@@ -233,7 +249,7 @@ def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, 
         networks[name].load_state_dict(before["state"][name])
     generator, critic, ema = networks.values()
     g_adam, c_adam = (torch.optim.Adam(n.parameters(), lr=1.0, betas=(0.0, 0.99)) for n in (generator, critic))
-    torch.set_rng_state(before["rng"])
+    torch.set_rng_state(before["state"]["rng"][:-16])
     for step in range(steps):
         chance = torch.rand(()).item()
         rate = 1e-3 if step < 2 else 5e-4 + chance * 1.5e-3
@@ -242,41 +258,47 @@ def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, 
         latents = [torch.randn(batch, latent) for _ in range(config["n_critic"])]
         for z in latents:
             real = images[torch.randint(len(images), (batch,))] / 127.5 - 1
-            real = real if config["no_augment"] else common.augment(real)
+            real = common.augment(real) if config["augment"] else real
             fake = generator(z).detach()
             real_scores, fake_scores = critic(real), critic(fake)
             epsilon = torch.rand(batch, 1, 1, 1)
             between = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
             (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
             penalty = ((slope.square().sum(dim=(1, 2, 3)).sqrt() - 1) ** 2).mean()
-            loss = fake_scores.mean() - real_scores.mean() + 10 * penalty + 0.001 * (real_scores**2).mean()
+            loss = fake_scores.mean() - real_scores.mean() + 10 * penalty + config["drift"] * (real_scores**2).mean()
             c_adam.zero_grad()
             loss.backward()
             c_adam.step()
         g_adam.zero_grad()
-        (-critic(generator(torch.randn(batch, latent))).mean()).backward()
+        (-critic(generator(torch.randn(batch, latent))).mean()).backward(inputs=list(generator.parameters()))
         g_adam.step()
         decay = min(0.999, step / (step + 9))
         for mean, parameter in zip(ema.parameters(), generator.parameters()):
             mean.data = decay * mean.data + (1 - decay) * parameter.data
-    return {f"{n}/{name}": p for n, network in networks.items() for name, p in network.named_parameters()}
+    parameters = {f"{n}/{name}": p for n, network in networks.items() for name, p in network.named_parameters()}
+    gradients = {f"{name}/{i}": p.grad for name, adam in (("adam_g", g_adam), ("adam_c", c_adam))
+                 for i, p in enumerate(adam.param_groups[0]["params"])}
+    return parameters | gradients
 
 
-@pytest.mark.parametrize("flags", (["--dropout", "0"], ["--dropout", "0", "--no-augment", "--n-critic", "1"]))
+@pytest.mark.parametrize("flags", (["--augment"], ["--n-critic", "1", "--drift", "0.1"]))
 def test_training_is_the_textbooks(flags, data_flags, pictures, tmp_path, double):
-    flags = [*TINY["wgan_gp"], *data_flags["wgan_gp"], *flags, "--lr-steps", "6"]
+    flags = [*TINY["wgan_gp"], *data_flags["wgan_gp"], *flags, "--dropout", "0", "--lr-steps", "6"]
     wgan_gp.main([*flags, "--keep", "--out", str(tmp_path / "run")])
     before, after = (load(tmp_path / f"run/checkpoint-{step:06d}.pt") for step in (0, 6))
     images = common.load_images(str(pictures), 16, root=before["config"]["data_root"])
     for name, value in textbook_steps(before, images, 6).items():
-        network, name = name.split("/")
-        assert torch.allclose(after["state"][network][name], value, rtol=0, atol=1e-9), name
-        assert not torch.equal(before["state"][network][name], value), name
+        part, name = name.split("/")
+        if part.startswith("adam"):  # the first moment is the gradient, as the first beta is 0
+            assert torch.allclose(after["state"][part][int(name)]["exp_avg"], value, rtol=0, atol=1e-7), (part, name)
+            continue
+        assert torch.allclose(after["state"][part][name], value, rtol=0, atol=1e-9), name
+        assert not torch.equal(before["state"][part][name], value), name
 
 
 @pytest.mark.parametrize("off", (["--ema", "0"], ["--no-stddev"], ["--no-pixel-norm"], ["--dropout", "0"],
-                                 ["--no-augment"], ["--drift", "0"], ["--gp-weight", "0"]))
-def test_every_item_counts_and_can_be_left_out(off, data_flags, tmp_path):
+                                 ["--augment"], ["--drift", "0"], ["--gp-weight", "0"]))
+def test_every_switch_counts(off, data_flags, tmp_path):
     flags = [*TINY["wgan_gp"], *data_flags["wgan_gp"], "--steps", "2"]
     states = []
     for name, more in (("full", []), ("less", off)):
@@ -309,11 +331,11 @@ def test_pictures_take_no_random_number_from_the_training(data_flags, tmp_path):
 def test_real_png_shows_the_augmented_data_that_samples_are_compared_with(data_flags, pictures, tmp_path, monkeypatch):
     flags, seen = [*TINY["wgan_gp"], *data_flags["wgan_gp"], "--steps", "1"], []
     monkeypatch.setattr(common, "sliced_wasserstein", lambda samples, data: seen.append(data) or 0.0)
-    wgan_gp.main([*flags, "--out", str(tmp_path / "on")])
-    common.save_grid(seen[0][:64], tmp_path / "seen.png")
-    wgan_gp.main([*flags, "--no-augment", "--out", str(tmp_path / "off")])
+    wgan_gp.main([*flags, "--augment", "--out", str(tmp_path / "on")])
+    common.save_grid(seen[0][:64], tmp_path / "seen.png", columns=8)
+    wgan_gp.main([*flags, "--out", str(tmp_path / "off")])
     images = common.load_images(str(pictures), 16, root=flags[flags.index("--data-root") + 1])
-    common.save_grid(images[torch.linspace(0, len(images) - 1, 256).long()][:64], tmp_path / "plain.png")
+    common.save_grid(common.spread(images, 256)[:64], tmp_path / "plain.png", columns=8)
     on, off = ((tmp_path / name / "samples/real.png").read_bytes() for name in ("on", "off"))
     assert off == (tmp_path / "plain.png").read_bytes() != on == (tmp_path / "seen.png").read_bytes()
 
@@ -323,14 +345,17 @@ def test_real_png_shows_the_augmented_data_that_samples_are_compared_with(data_f
 
 def test_growing_keeps_the_output():
     for size in (32, 64):
-        small, large = (wgan_gp.Generator(5, 3, s, 3) for s in (size, 2 * size))
-        wgan_gp.grow(large, small.state_dict())
-        z = torch.randn(4, 5)
-        assert torch.equal(large(z), F.interpolate(small(z), scale_factor=2))
-        small, large = (wgan_gp.Critic(3, s, 3).eval() for s in (size, 2 * size))
-        wgan_gp.grow(large, small.state_dict())
-        images = torch.randn(4, 3, 2 * size, 2 * size)
-        assert torch.allclose(large(images), small(F.avg_pool2d(images, 2)), rtol=0, atol=1e-6)
+        small, large = ({"generator": wgan_gp.Generator(5, 3, s, 3), "critic": wgan_gp.Critic(3, s, 3).eval()}
+                        for s in (size, 2 * size))
+        states = [{name: network.state_dict() for name, network in networks.items()} for networks in (large, small)]
+        wgan_gp.grow(*states, 2 * size, "a.pt")
+        z, images = torch.randn(4, 5), torch.randn(4, 3, 2 * size, 2 * size)
+        assert torch.equal(large["generator"](z), F.interpolate(small["generator"](z), scale_factor=2))
+        want = small["critic"](F.avg_pool2d(images, 2))
+        assert torch.allclose(large["critic"](images), want, rtol=0, atol=1e-6)
+        for broken in ({}, states[1] | {"critic": states[1]["critic"] | {"up.8.weight": want}}):
+            with pytest.raises(ValueError, match="a.pt.* is missing or not known"):
+                wgan_gp.grow(states[0], broken, 2 * size, "a.pt")
 
 
 def test_grown_layers_learn(data_flags, tmp_path):
@@ -358,21 +383,34 @@ def test_what_cannot_be_grown_is_refused_in_one_line(data_flags, tmp_path, capsy
     wgan_gp.main([*small, "--out", str(tmp_path / "small")])
     path, out = str(tmp_path / "small/checkpoint.pt"), str(tmp_path / "large")
     large = [*small, "--out", out, "--image-size", "64", "--grow-from"]
-    for more, text in ((["--width", "3"], "--width 2; accepted is 3"), (["--latent", "9"], "--latent 8"),
-                       (["--no-stddev"], "--no-stddev False; accepted is True"),
-                       (["--no-pixel-norm"], "--no-pixel-norm"),
-                       (["--image-size", "128"], "--image-size 32; accepted is 64"),
-                       (["--image-size", "32"], "--image-size 32; accepted is 16"),
-                       (["--data", "digits", "--data-root", str(tmp_path)], "size mismatch for rgb.32")):
-        message = fails(capsys, "wgan_gp", *large, path, *more)
-        assert "--grow-from" in message and text in message, message
+    for more, text in ((["--width", "3"], "goes with --width=2"), (["--latent", "9"], "goes with --latent=8"),
+                       (["--no-stddev"], "goes with --stddev;"), (["--no-pixel-norm"], "goes with --pixel-norm;"),
+                       (["--channels", "1"], "goes with --channels=3"),
+                       (["--image-size", "128"], "goes with --image-size=64"),
+                       (["--image-size", "32"], "goes with --image-size=64"),
+                       (["--init-from", path], "not allowed with argument --init-from")):
+        message = fails(capsys, "wgan_gp", *large, path, *more, "--data", "nowhere")  # before the data are read
+        assert "argument --grow-from: " in message and text in message, message
+    message = fails(capsys, "wgan_gp", *large, path, "--data", "digits", "--data-root", str(tmp_path))
+    assert re.search(r"generator\.rgb\.32\.weight is .*\[3, 2, 3, 3\]; accepted here is .*\[1, 2, 3, 3\]", message)
     assert "nowhere.pt" in fails(capsys, "wgan_gp", *large, "nowhere.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
-    assert "text.pt is not a checkpoint" in fails(capsys, "wgan_gp", *large, tmp_path / "text.pt")
+    assert "text.pt' is not a checkpoint" in fails(capsys, "wgan_gp", *large, tmp_path / "text.pt")
     wgan_gp.main([*flags, "--steps", "1", "--out", str(tmp_path / "tiny")])
     message = fails(capsys, "wgan_gp", *flags, "--image-size", "32", "--grow-from", tmp_path / "tiny/checkpoint.pt")
-    assert "32 or 64" in message
+    assert "sizes to grow to are 64 and 128" in message
     assert not (tmp_path / "large").exists()
+
+
+def test_a_new_run_begins_with_the_networks_of_another(data_flags, tmp_path):
+    flags = [*TINY["wgan_gp"], *data_flags["wgan_gp"], "--steps", "2"]
+    wgan_gp.main([*flags, "--out", str(tmp_path / "one")])
+    path = str(tmp_path / "one/checkpoint.pt")
+    wgan_gp.main([*flags, "--init-from", path, "--n-critic", "1", "--keep", "--out", str(tmp_path / "two")])
+    one, two = load(path)["state"], load(tmp_path / "two/checkpoint-000000.pt")["state"]
+    for network in ("generator", "ema", "critic"):
+        assert all(torch.equal(value, two[network][name]) for name, value in one[network].items())
+    assert two["updates"] == 0 and not any(moments["exp_avg"].any() for moments in two["adam_c"].values())
 
 
 # ---- sampling
