@@ -35,6 +35,29 @@ def test_energy_is_one_l2_norm_per_image():
     for v, d in zip(images, reconstructions):
         want.append(math.sqrt(sum((a - b) ** 2 for a, b in zip(v.flatten().tolist(), d.flatten().tolist()))))
     assert ebgan.energy(images, reconstructions).tolist() == pytest.approx(want, rel=1e-12)
+    flat, volumes = ([v.reshape(3, *shape) for v in (images, reconstructions)] for shape in ([40], [2, 2, 2, 5]))
+    for pair in (flat, volumes):
+        assert ebgan.energy(*pair).tolist() == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("one, two", [((4, 1, 2, 2), (4, 3, 2, 2)), ((4, 6), (1, 6)), ((4,), (4,))])
+def test_energy_refuses_other_shapes(one, two):
+    with pytest.raises(ValueError, match=r"not of one shape \[N, ...\]: \(4,.*\) and \("):
+        ebgan.energy(torch.zeros(one), torch.zeros(two))
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (1, 3, 2, 2), (6,)])
+def test_pull_away_term_refuses_a_single_code(shape):
+    with pytest.raises(ValueError, match=r"not codes \[N, ...\] with N > 1: \([16],"):
+        ebgan.pull_away_term(torch.ones(shape))
+    with pytest.raises(ValueError, match="N > 1"):
+        ebgan.generator_loss(torch.ones(1), torch.ones(shape), 0.1)
+
+
+@pytest.mark.parametrize("network", (ebgan.Generator, ebgan.Discriminator))
+def test_networks_refuse_unknown_layers(network):
+    with pytest.raises(ValueError, match="no such layers: 'conv'; accepted: fused, paper"):
+        network(4, 4, 16, 1, "conv", torch.nn.Identity)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 2, 2), (2, 1)])
@@ -75,7 +98,7 @@ def networks(config: dict, **changes) -> tuple[ebgan.Generator, ebgan.Discrimina
     return tuple(ebgan.build(network, config | changes) for network in (ebgan.Generator, ebgan.Discriminator))
 
 
-TINIEST = dict(latent=3, code=4, g_width=4, d_width=2, image_size=16, channels=1, layers="fused", no_batch_norm=False)
+TINIEST = dict(latent=3, code=4, g_width=4, d_width=2, image_size=16, channels=1, layers="fused", batch_norm=True)
 
 
 def test_gradient_of_g_goes_through_both_arguments_of_the_energy(double):
@@ -133,7 +156,37 @@ def test_networks_of_every_size(size, layers):
     reconstructions, code = discriminator(images)
     assert images.shape == reconstructions.shape == (2, 1, size, size) and images.abs().max() <= 1
     assert layers == "paper" or code.shape == (2, 4)
-    assert not [m for n in networks(TINIEST, no_batch_norm=True) for m in n.modules() if "BatchNorm" in str(type(m))]
+    assert not [m for n in networks(TINIEST, batch_norm=False) for m in n.modules() if "BatchNorm" in str(type(m))]
+
+
+def loaded(checkpoint: dict) -> tuple[ebgan.Generator, ebgan.Discriminator]:
+    generator, discriminator = networks(checkpoint["config"])
+    generator.load_state_dict(checkpoint["state"]["generator"])
+    discriminator.load_state_dict(checkpoint["state"]["discriminator"])
+    return generator, discriminator
+
+
+def test_gradients_are_those_of_the_written_losses(data_flags, pictures, tmp_path, double, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: taken.append(
+        [parameter.grad.clone() for parameter in optimizer.param_groups[0]["params"]]))
+    flags = [*TINY["ebgan"], *data_flags["ebgan"], "--steps", "1", "--pt-weight", "5", "--margin", "15.5", "--keep"]
+    ebgan.main([*flags, "--out", str(tmp_path / "run")])
+    before = load(tmp_path / "run/checkpoint-000000.pt")
+    (generator, discriminator), config = loaded(before), before["config"]
+    torch.set_rng_state(before["state"]["rng"][:-16].clone())
+    z = ebgan.uniform(config["batch_size"], config["latent"])
+    images = common.load_images(str(pictures), 16, root=config["data_root"])
+    x = common.normalise(images[torch.randint(len(images), (config["batch_size"],))])
+    fake = generator(z)
+    L_G = ebgan.generator_loss(ebgan.energy(fake, discriminator(fake)[0]), discriminator(fake)[1], 5)
+    energies = [ebgan.energy(v, discriminator(v)[0]) for v in (x, fake.detach())]
+    L_D = ebgan.discriminator_loss(*energies, 15.5)
+    want = [torch.autograd.grad(loss, list(network.parameters()))
+            for loss, network in ((L_G, generator), (L_D, discriminator))]
+    for ours, written in zip(taken, want, strict=True):
+        for one, two in zip(ours, written, strict=True):
+            assert torch.allclose(one, two, rtol=1e-9, atol=1e-12)
 
 
 def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
@@ -142,12 +195,10 @@ def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, 
     Of several updates of each network, the first of G and the first of D take the same z, and so on.
     """
     config = before["config"]
-    generator, discriminator = networks(config)
-    generator.load_state_dict(before["state"]["generator"])
-    discriminator.load_state_dict(before["state"]["discriminator"])
+    generator, discriminator = loaded(before)
     g_adam, d_adam = (torch.optim.Adam(n.parameters(), lr=config["lr"], betas=(0.5, 0.999))
                       for n in (generator, discriminator))
-    torch.set_rng_state(before["rng"])
+    torch.set_rng_state(before["state"]["rng"][:-16].clone())
     for _ in range(steps):
         for turn in range(max(config["d_steps"], config["g_steps"])):
             fake = generator(torch.rand(config["batch_size"], config["latent"]) * 2 - 1)
@@ -205,7 +256,8 @@ def first_warning(table: list[tuple[float, float, float]]) -> tuple[int | None, 
     """The number of the first row that collapse() warns at, and the warning."""
     names = "step", "energy_real", "energy_fake", "diversity"
     table = [dict(zip(names, (100 * number, *row))) for number, row in enumerate(table, 1)]
-    warnings = [(index, ebgan.collapse(table[:index + 1])) for index in range(len(table))]
+    parts = [table[:index + 1] for index in range(len(table))]
+    warnings = [(index, common.collapse(part) or ebgan.collapse(part)) for index, part in enumerate(parts)]
     return next((warning for warning in warnings if warning[1]), (None, ""))
 
 
@@ -223,7 +275,7 @@ def test_no_warning_of_a_collapse_in_a_healthy_run():
 ])
 def test_a_collapse_is_named_within_two_rows(after, sign):
     index, text = first_warning(HEALTHY + after)
-    assert index in (len(HEALTHY), len(HEALTHY) + 1) and sign in text and "try a" in text
+    assert index in (len(HEALTHY), len(HEALTHY) + 1) and sign in text and "lower --lr" in text
 
 
 def test_a_run_that_never_leaves_its_first_image_is_named():
@@ -260,9 +312,48 @@ def test_pictures_are_made_in_eval_mode(network, data_flags, tmp_path, monkeypat
     forward, seen = getattr(ebgan, network).forward, set()
 
     def watched(self, x):
-        seen.add((self.training, torch.is_grad_enabled()))
-        return forward(self, x)
+        result = forward(self, x)
+        seen.add((self.training, (result[0] if network == "Discriminator" else result).requires_grad))
+        return result
 
     monkeypatch.setattr(getattr(ebgan, network), "forward", watched)
     ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], "--steps", "2", "--out", str(tmp_path / "run")])
     assert seen == {(True, True), (False, False)}
+
+
+def test_ema_averages_weights_and_the_buffers_of_batch_norm(data_flags, tmp_path):
+    ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], "--save-every", "1", "--keep", "--out", str(tmp_path / "run")])
+    states = [load(tmp_path / f"run/checkpoint-{step:06d}.pt")["state"] for step in range(7)]
+    want = {name: value.clone() for name, value in states[0]["ema"].items()}
+    for updates, state in enumerate(states[1:]):
+        decay = min(0.999, updates / (updates + 9))
+        for name, value in state["generator"].items():
+            want[name] = decay * want[name] + (1 - decay) * value if value.is_floating_point() else value
+    assert any("running_var" in name for name in want) and want["norm.num_batches_tracked"] == 6
+    for name, value in states[-1]["ema"].items():
+        assert torch.allclose(value, want[name], rtol=1e-5, atol=1e-6), name
+    assert not torch.equal(states[-1]["ema"]["first.weight"], states[-1]["generator"]["first.weight"])
+    generator, _ = ebgan.load_generator(tmp_path / "run/checkpoint.pt")
+    assert all(torch.equal(value, states[-1]["ema"][name]) for name, value in generator.state_dict().items())
+
+
+def test_without_averaging_ema_is_the_generator(data_flags, tmp_path):
+    ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], "--ema", "0", "--out", str(tmp_path / "run")])
+    state = load(tmp_path / "run/checkpoint.pt")["state"]
+    assert all(torch.equal(value, state["generator"][name]) for name, value in state["ema"].items())
+
+
+def test_betas_reach_both_optimisers(data_flags, tmp_path, monkeypatch):
+    betas, real = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: betas.append(self.param_groups[0]["betas"]) or real(self))
+    flags = [*TINY["ebgan"], *data_flags["ebgan"], "--steps", "1", "--betas", "0.1", "0.9"]
+    ebgan.main([*flags, "--out", str(tmp_path / "run")])
+    assert betas == [(0.1, 0.9)] * 2
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--margin", "1e5"), ("--batch-size", "1"), ("--d-steps", "101"), ("--g-steps", "0"), ("--g-width", "4097"),
+    ("--d-width", "0"), ("--code", "65537"), ("--ema", "1.5"), ("--channels", "2"), ("--layers", "conv")])
+def test_refused_flags(flag, value):
+    with pytest.raises(ValueError, match=f"argument {flag}: .*{value}"):
+        ebgan.settings([flag, value])
