@@ -1,4 +1,4 @@
-"""Measures the tables of the README, cell by cell; a second call goes on where the first one stopped.
+"""Measures the tables of the results pages, cell by cell; a second call goes on where the first one stopped.
 
     python tests/reproduce.py began                    # 6 runs of 2,000 steps, two at a time on one thread each
     python tests/reproduce.py ebgan                    # 18 runs of 1,000 steps, on MNIST
@@ -9,7 +9,7 @@
 
 MNIST is looked for in the folder that GAN_TEST_DATA names, or else downloaded to data.
 
-Every finished cell is one JSON line in .github/results/NAME.jsonl; at the end stands NAME.md, a table of them.
+Every finished cell is one JSON line in .github/results/NAME.jsonl; at the end a table of them is printed.
 """
 
 import argparse
@@ -264,9 +264,7 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
-    text = TABLES[args.table](args.jobs)
-    (RESULTS / f"{args.table}.md").write_text(text)
-    print(text)
+    print(TABLES[args.table](args.jobs))
 
 
 if __name__ == "__main__":
