@@ -118,8 +118,8 @@ class Generator(nn.Module):
 class Critic(nn.Module):
     """Images [N, channels, size, size] to scores [N], by 4x4 convolutions of stride 2 down to 4x4.
 
-    The minibatch standard deviation is added at 8x8. There is no batch norm, because the penalty is on the gradient of
-    each sample by itself. Above 32x32 the images also enter at half their size, average-pooled, so that C can grow.
+    The penalty is on each sample's own gradient, so there is no batch norm; all that a score knows of the other samples
+    is the minibatch standard deviation, at 8x8. Above 32x32 the images also enter average-pooled, so that C can grow.
     """
 
     def __init__(self, width: int, size: int, channels: int, dropout: float = 0.5, stddev: bool = True):
@@ -322,7 +322,8 @@ def train(args: argparse.Namespace) -> Path:
     with record, common.stop_requests() as requests:
         if RANK == 0 and record.first == 0:
             record.save(state)
-            record.show(pictures(), shown[:64], PANELS)
+        if RANK == 0 and (record.first % args.sample_every == 0 or record.first == args.steps):
+            record.show(pictures(), shown[:64], PANELS)  # on resume too, in case a kill prevented it
         for step in range(record.first + 1, args.steps + 1):
             batches.refill()
             record.add(step, next(results))
@@ -408,7 +409,11 @@ def parse_schedule(text: str) -> list[tuple[float, float, float]]:
 
 def schedule(text: str) -> str:
     """An argparse type: text that ``parse_schedule`` accepts."""
-    parse_schedule(text)
+    try:
+        parse_schedule(text)
+    except argparse.ArgumentTypeError as error:
+        message = f"{text!r} is not made of RATE:SHARE or LOW~HIGH:SHARE: {error}"
+        raise argparse.ArgumentTypeError(message) from error
     return text
 
 
@@ -474,13 +479,10 @@ def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint's config, checked as flags are, and its state. Raises OSError; ValueError for other files."""
     content = common.load_checkpoint(path)
     try:
-        if content["script"] != SCRIPT or not isinstance(content["state"], dict):
+        if content["script"] != SCRIPT:
             raise ValueError(f"it is not one of {SCRIPT}.py")
-        checked = vars(parser().parse_args(common.as_flags(content["config"])))
-        for name in checked.keys() - {*common.USES, *common.PLACES}:
-            if checked[name] != content["config"][name]:
-                raise ValueError(f"--{name} is {content['config'][name]}")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        parser().check_saved(content["config"])
+    except ValueError as error:
         raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
     return content
 

@@ -214,7 +214,8 @@ def test_schedule_of_the_seed():
 def test_schedules_that_are_none_say_so(text, capsys):
     with pytest.raises(argparse.ArgumentTypeError, match="is not float from .* to "):
         wgan_gp.parse_schedule(text)
-    assert "argument --lr: " in fails(capsys, "wgan_gp", f"--lr={text}")
+    message = fails(capsys, "wgan_gp", f"--lr={text}")
+    assert f"argument --lr: {text!r} is not made of RATE:SHARE or LOW~HIGH:SHARE: " in message
 
 
 def test_every_piece_of_the_schedule_comes_in_its_share_of_the_run(data_flags, tmp_path):
