@@ -409,7 +409,7 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
     source: a procedurally generated set (digits, faces, fish), three digits as red, green and blue (stacked,
         stacked-mnist), a torchvision training set (mnist, fashion, cifar10, celeba; kept in `root`) or a folder, read
         with its subfolders. Generated sets, CelebA and folders are decoded once, by one process at a time, into
-        `root`/cache and memory-mapped copy-on-write, so they may exceed the memory. Bad pictures are skipped.
+        `root`/cache and memory-mapped copy-on-write, so they may exceed the memory. Bad pictures are reported.
     channels: 1 (luminance), 3, or None for what the set has itself; a folder has 1 if all its files are greyscale.
     Greyscale files with more than 8 bits share one scale: white is the greatest value in any file of the folder, black
     is 0, or the least value if it is negative.
@@ -444,7 +444,7 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
     if os.path.isdir(source):
         return _read_folder(source, image_size, channels, root)
     if os.path.isfile(source):
-        raise ValueError(f"{source!r} is a file: give the folder with the pictures; unpack an archive before")
+        raise ValueError(f"{source!r} is a file: give a folder of pictures, and unpack an archive first")
     raise ValueError(f"no such data: {source!r}; give {ACCEPTED}")
 
 
@@ -504,7 +504,7 @@ def _stacked(count: int) -> Tensor:
 
 
 @contextmanager
-def _alone(root: str) -> Iterator[None]:
+def _one_process(root: str) -> Iterator[None]:
     """Let one process at a time prepare data in `root`."""
     waiting = threading.Timer(3, print, ["waiting for another process to prepare the data"], {"file": sys.stderr})
     waiting.daemon = True
@@ -521,8 +521,11 @@ def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
     """The training split of a torchvision set, downloaded into `root` if it is not there. Raises OSError."""
     try:
         from torchvision import datasets
-        with _alone(root):
-            return getattr(datasets, TORCHVISION[source])(root, download=True)
+        data = getattr(datasets, TORCHVISION[source])
+        with suppress(RuntimeError):  # not there
+            return data(root, download=False)
+        with _one_process(root):
+            return data(root, download=True)
     except Exception as error:  # no network, a quota, a broken archive, a missing package...
         raise OSError(f"{source} failed ({_reason(error)}); give a folder of pictures: --data FOLDER") from error
 
@@ -543,7 +546,7 @@ def _read_folder(folder: str, image_size: int, channels: int | None, root: str, 
         image = Image.open(path, formats=FORMATS)
         return image.crop(CELEBA_BOX) if celeba else image, name
 
-    found, others, seen, start = [], Counter(), set(), len(os.path.join(folder, ""))
+    found, unread, seen, start = [], Counter(), set(), len(os.path.join(folder, ""))
     walk = os.walk(folder, followlinks=True, onerror=lambda error: found.append([error.filename[start:]]))
     for where, folders, files in walk:
         folders.sort()  # so that of two ways to one folder always the same is taken
@@ -551,14 +554,14 @@ def _read_folder(folder: str, image_size: int, channels: int | None, root: str, 
             folders.clear()
             continue
         seen.add(real)
-        others.update(Path(name).suffix.lower() for name in files if not name.lower().endswith(SUFFIXES))
+        unread.update(Path(name).suffix.lower() for name in files if not name.lower().endswith(SUFFIXES))
         for path in [os.path.join(where, name) for name in files if name.lower().endswith(SUFFIXES)]:
             stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.exists(path) else []
             found.append([path[start:], *stamp])
     found = sorted(entry for entry in found if not celeba or entry[0] in celeba)
     name, names = os.path.abspath(folder), [entry[0] for entry in found]
-    most = ", ".join(f"{count:,} {ascii(suffix)[1:-1][:9] or 'unnamed'}" for suffix, count in others.most_common(5))
-    remark = f", {others.total():,} files not read ({most})" if others and not celeba else ""
+    most = ", ".join(f"{count:,} {ascii(suffix)[1:-1][:9] or 'unnamed'}" for suffix, count in unread.most_common(5))
+    remark = f", {unread.total():,} files not read ({most})" if unread and not celeba else ""
     return _cached(name, [found, bool(celeba)], names, read, image_size, channels, root, not celeba, remark)[0]
 
 
@@ -613,15 +616,16 @@ def _cached(name: str, content: list, items: Sequence, read: Callable, image_siz
 
     if ready := mapped("from cache"):
         return ready
-    with _alone(root), warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd metadata
+    with _one_process(root), warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd metadata
         if ready := mapped("from cache"):  # made by another process meanwhile
             return ready
         began, own, levels, told = time.monotonic(), channels or 3, None, ""
         if survey and (looks := [look for look, _ in each(_levels, "looked at") if look]):
             modes, least, most = zip(*looks)
-            own, levels = 1 if {mode[0] for mode in modes} <= set("1LIF") else 3, (min(least), max(most))
+            own = 1 if {Image.getmodebase(mode) for mode in modes} == {"L"} else 3
+            levels = min(least), max(most)
             if levels != (0, 0):
-                told = f", of more than 8 bits {levels[0]:g} is black and {levels[1]:g} white"
+                told = f", grey levels above 8 bits: {levels[0]:g} to {levels[1]:g} scaled to 0 to 255"
         number, labels, skipped, checksums, flat = channels or own, [], [], [], 0
         file = folder / f"{stem}{number}-{state}.u8"
         with atomic_write(file) as out:
@@ -647,7 +651,9 @@ def _cached(name: str, content: list, items: Sequence, read: Callable, image_siz
             if old.stem != file.stem:  # outdated, or left by a process that was killed
                 with suppress(OSError):
                     old.unlink()
-        return mapped(f"decoded in {time.monotonic() - began:.0f} s")
+        if ready := mapped(f"decoded in {time.monotonic() - began:.0f} s"):
+            return ready
+        raise OSError(f"cannot read {ascii(str(file))} back, or not map it into memory")
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -776,20 +782,21 @@ def save_pngs(images: Tensor, folder: str | Path, first: int = 0) -> None:
 def save_gif(frames: list, path: str | Path, ms: int = 120, hold: int = 1500, limit: int = 60) -> None:
     """Write frames (paths of pictures, or PIL images) as an endless GIF; ValueError if there is none.
 
-    Each frame shows for `ms` milliseconds and the last for `hold`. All take the size of the last, reduced by a whole
-    factor to about 512 pixels. More than `limit` frames are thinned evenly, keeping the first and the last.
+    Paths that cannot be read are skipped. Each frame shows for `ms` milliseconds and the last for `hold`. All take the
+    size of the last, reduced by a whole factor to about 512 pixels. More than `limit` frames are thinned evenly, and
+    the first and the last kept.
     """
-    if not frames:
-        raise ValueError("a GIF needs at least one frame")
     kept = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(limit, len(frames)))]
-
-    def load(frame) -> Image.Image:
-        return (frame if isinstance(frame, Image.Image) else Image.open(frame)).convert("RGB")
-
-    size = load(kept[-1]).size
+    images = []
+    for frame in kept:
+        with suppress(OSError, SyntaxError):  # what Pillow raises for damaged files
+            images.append((frame if isinstance(frame, Image.Image) else Image.open(frame)).convert("RGB"))
+    if not images:
+        raise ValueError("a GIF needs at least one frame")
+    size = images[-1].size
     factor = max(1, round(max(size) / 512))
     # Each frame has its own palette, as colours drift in training; dithering would flicker and swell the file.
-    images = [load(f).resize(size).reduce(factor).quantize(256, dither=Image.Dither.NONE) for f in kept]
+    images = [image.resize(size).reduce(factor).quantize(256, dither=Image.Dither.NONE) for image in images]
     durations = [ms] * (len(images) - 1) + [hold]
     with atomic_write(path) as file:
         images[0].save(file, save_all=True, append_images=images[1:], duration=durations, loop=0)
@@ -1006,6 +1013,8 @@ class Parser(argparse.ArgumentParser):
         used = any(getattr(args, name, None) for name in USES[1:])
         if args.checkpoint and not used:
             self.error("argument --checkpoint: goes with --resume, --sample or another use of a checkpoint")
+        if args.init_from and used and not args.resume:
+            self.error("argument --init-from: begins a new run; --checkpoint names the one to use")
         if args.resume and args.checkpoint and args.out:
             self.error("argument --out: a run resumes in the folder of its --checkpoint")
         if args.resume and args.out:
@@ -1016,6 +1025,15 @@ class Parser(argparse.ArgumentParser):
         if used and not args.checkpoint:
             args.checkpoint = newest(f"runs/{self.script}-*/checkpoint.pt")
         return args
+
+    def check_saved(self, config: object) -> None:
+        """Raises ValueError unless these are all the settings of a run, of types and values that the flags accept."""
+        known = vars(self.parse_args([])).keys() - USES
+        if not isinstance(config, dict) or config.keys() != known:
+            raise ValueError("settings are missing or not known")
+        values = vars(self.parse_args(as_flags(config)))
+        if wrong := [name for name in known - {*PLACES} if values[name] != config[name]]:
+            raise ValueError(f"{min(wrong)} is {type(config[min(wrong)]).__name__}")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -1105,7 +1123,8 @@ def stop_requests() -> Iterator[list[int]]:
 
     def note(kind: int, _: object) -> None:
         if not requests:
-            os.write(2, b"stopping after this step\n")
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"stopping after this step\n")
         requests.append(kind)
 
     with on_signals(note):
@@ -1119,13 +1138,14 @@ def one_line_errors(script: str) -> Iterator[None]:
         with on_signals(signal.default_int_handler):
             yield
     except KeyboardInterrupt as stop:
-        sys.exit(f"{script}.py: {stop or 'interrupted'}")
+        sys.exit(f"{script}.py: {str(stop) or 'interrupted'}")
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{script}.py: error: {error}")
+        sys.exit(f"{script}.py: error: {error}".replace("\n", " "))
     except (MemoryError, RuntimeError) as error:
         if "closed by peer" in str(error) or "reset by peer" in str(error):
             sys.exit(f"{script}.py: error: another rank has ended")
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        signs = "out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED", "Storage size calculation overflowed"
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
             raise
         sys.exit(f"{script}.py: error: out of memory; lower --batch-size, --image-size or the width of the networks")
 
@@ -1156,6 +1176,9 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({_reason(error)})") from error
     if damaged:
         raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({damaged} has a wrong checksum)")
+    parts = content if isinstance(content, dict) else {}
+    if parts.keys() != {"script", "config", "state"} or not isinstance(parts["state"], dict):
+        raise ValueError(f"{str(path)!r} is not a checkpoint of a run")
     return content
 
 
@@ -1174,6 +1197,7 @@ def random_state() -> Tensor:
     return torch.cat([torch.get_rng_state(), gpu])
 
 
+@torch.no_grad()
 def fill(state: dict, saved: dict, path: str | Path) -> None:
     """Copy tensors of a checkpoint into those of `state`, in place: all, or none and a ValueError.
 
@@ -1187,7 +1211,7 @@ def fill(state: dict, saved: dict, path: str | Path) -> None:
         raise ValueError(f"{min(other)} is missing or not known")
     for name, tensor in own.items():
         new = found[name]
-        if (new.shape, new.dtype, new.layout) != (tensor.shape, tensor.dtype, torch.strided):
+        if (new.shape, new.dtype, new.layout, new.is_cpu) != (tensor.shape, tensor.dtype, torch.strided, True):
             expected = f"{tensor.dtype} {list(tensor.shape)}"
             raise ValueError(f"{name} is {new.dtype} {list(new.shape)}; accepted here is {expected}")
         if not (new.isfinite().all() and (new.is_floating_point() or (new >= 0).all())):
@@ -1195,10 +1219,10 @@ def fill(state: dict, saved: dict, path: str | Path) -> None:
     if "rng" in state:
         try:
             torch.set_rng_state(saved["rng"][:-16].clone())
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(saved["rng"][-16:].clone())
         except RuntimeError as error:
             raise ValueError(f"{path}.rng is not the state of a random number generator") from error
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved["rng"][-16:].clone())
     for name, tensor in own.items():
         tensor.copy_(found[name])
 
@@ -1229,12 +1253,14 @@ class Record:
         self.state = {"step": torch.tensor(0), "logged": torch.tensor(0), "rng": random_state(),
                       "totals": torch.zeros(len(metrics), device=device), "images": self.images.clone()}
         self.rows, self.warning, self.earlier = deque(maxlen=200), None, None
-        if writes:
-            self.config["out"] = self.config["out"] or str(next_folder(f"runs/{script}"))
-            self.lock.enter_context(file_lock(Path(self.config["out"], ".lock"), wait=False))
-        self.folder = Path(self.config["out"] or "")
 
     def __enter__(self) -> "Record":
+        if not self.state["logged"] <= self.state["step"] <= self.config["steps"]:
+            raise ValueError(f"the checkpoint is of step {self.state['step']} of {self.config['steps']}")
+        if self.writes:
+            self.config["out"] = self.config["out"] or str(next_folder(f"runs/{self.script}"))
+            self.lock.enter_context(file_lock(Path(self.config["out"], ".lock"), wait=False))
+        self.folder = Path(self.config["out"] or "")
         self.first, self.began, self.told = int(self.state["step"]), time.monotonic(), time.monotonic()
         if self.writes:
             print(f"{self.script}: {self.folder}, step {self.first} to {self.config['steps']}", flush=True)
@@ -1269,8 +1295,7 @@ class Record:
         step, values = int(self.state["step"]), means | watched
         header = ",".join(["step", *values, "seconds"]) + "\n"
         if self.earlier is None:  # seconds, of earlier sessions
-            kept = self._earlier_rows(header)
-            self.earlier = float(kept[-1].rpartition(",")[2]) if kept else 0.0
+            kept, self.earlier = self._earlier_rows(header)
             with atomic_write(self.folder / "metrics.csv") as file:
                 file.write("".join([header, *kept]).encode())
         cells = [f"{value:.6g}" if math.isfinite(value) else "" for value in values.values()]
@@ -1282,8 +1307,11 @@ class Record:
         self._tell(means)
         self.warn(collapse(self.rows))
 
-    def _earlier_rows(self, header: str) -> list[str]:
-        """The rows of metrics.csv up to the first step. A table that is not ours is set aside with a warning."""
+    def _earlier_rows(self, header: str) -> tuple[list[str], float]:
+        """The rows of metrics.csv up to the first step and the seconds they took.
+
+        A table that is not ours is set aside with a warning.
+        """
         table = self.folder / "metrics.csv"
         with suppress(FileNotFoundError):
             try:
@@ -1291,22 +1319,24 @@ class Record:
                 if found != header:
                     raise ValueError("it has other columns")
                 whole = [row for row in rows if row[-1] == "\n" and row.count(",") == header.count(",")]
-                return [row for row in whole if int(row.partition(",")[0]) <= self.first]
-            except ValueError as error:
+                kept = [row for row in whole if int(row.partition(",")[0]) <= self.first]
+                return kept, float(kept[-1].rpartition(",")[2]) if kept else 0.0
+            except (ValueError, OSError) as error:
                 os.replace(table, table.with_name("metrics-unreadable.csv"))
                 print(f"warning: {table} is now metrics-unreadable.csv: {_reason(error)}", file=sys.stderr, flush=True)
-        return []
+        return [], 0.0
 
     def _tell(self, means: dict[str, float]) -> None:
         """One line: the step, the metrics, the pace and the time left."""
         step, steps, self.told = int(self.state["step"]), self.config["steps"], time.monotonic()
         pace = (step - self.first) / (self.told - self.began)
-        line = "  ".join([f"{step}/{steps}", *(f"{name} {value:.4g}" for name, value in means.items()),
-                          f"{pace:.1f} steps/s", f"{(steps - step) / pace:.0f} s left"])
+        line = "  ".join([f"{step}/{steps}", f"{pace:.1f} steps/s", f"{(steps - step) / pace:.0f} s left",
+                          *(f"{name} {value:.4g}" for name, value in means.items())])
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1
             line = f"\r{line[:width]:<{width}}"
-        print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
+        with suppress(OSError):  # the terminal, or the program that reads, may be gone
+            print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
 
     def warn(self, message: str | None) -> None:
         """Print a warning, once until it changes."""
@@ -1315,11 +1345,12 @@ class Record:
         self.warning = message
 
     def save(self, state: dict) -> None:
-        """Write checkpoint.pt, with "keep" also a numbered copy. FloatingPointError unless all of it is finite."""
+        """Write checkpoint.pt, with "keep" a numbered copy first. FloatingPointError unless all of it is finite."""
         self.state["rng"].copy_(random_state())
         self._refuse([name for name, tensor in tensors(state, "state").items() if not tensor.isfinite().all()])
-        numbered = [f"checkpoint-{int(self.state['step']):06d}.pt"] if self.config["keep"] else []
-        for name in ["checkpoint.pt", *numbered]:
+        step = int(self.state["step"])
+        numbered = [f"checkpoint-{step:06d}.pt"] if self.config["keep"] and step else []
+        for name in [*numbered, "checkpoint.pt"]:
             with atomic_write(self.folder / name) as file:
                 torch.save({"script": self.script, "config": self.config, "state": state}, file)
         with atomic_write(self.folder / "config.json") as file:

@@ -195,15 +195,15 @@ def test_grey_levels_of_a_folder_share_one_scale(tmp_path: Path, capsys) -> None
     """A maximum of 1.01 in one file and of 1 in another makes no difference between them, nor 240 and 260."""
     levels = load_deep(tmp_path / "float", a=(0.5, 1.0), b=(0.5, 1.01), c=(0.505, 0.0), d=(0.505, np.nan))
     assert levels == [126, 126, 128, 128] or levels == [126, 126, 127, 127]
-    assert "of more than 8 bits 0 is black and 1.01 white" in capsys.readouterr().err
+    assert "grey levels above 8 bits: 0 to 1.01 scaled to 0 to 255" in capsys.readouterr().err
     assert load_deep(tmp_path / "signed", a=(0, 0.5), b=(0, -1), c=(0.5, 1)) == [128, 128, 191]
-    assert "-1 is black and 1 white" in capsys.readouterr().err
+    assert ": -1 to 1 scaled to 0 to 255" in capsys.readouterr().err
     assert load_deep(tmp_path / "int", a=(120, 240, np.int32), b=(120, 260, np.int32)) == [118, 118]
     assert load_deep(tmp_path / "twelve", a=(100, 4095, np.uint16), b=(2048, 0, np.uint16)) == [6, 128]
     told = capsys.readouterr().err
-    assert "0 is black and 4095 white" in told
+    assert ": 0 to 4095 scaled" in told
     load_images(str(tmp_path / "twelve" / "in"), 8, None, str(tmp_path / "twelve"))
-    assert "from cache, 0 skipped, of more than 8 bits 0 is black and 4095 white" in capsys.readouterr().err
+    assert "from cache, 0 skipped, grey levels above 8 bits: 0 to 4095 scaled to 0 to 255" in capsys.readouterr().err
     (tmp_path / "twelve" / "in" / "eight.png").write_bytes((photos(tmp_path / "eight") / "0.png").read_bytes())
     images = load_images(str(tmp_path / "twelve" / "in"), 8, 1, str(tmp_path / "twelve"))
     assert images[:2, 0, 4, 4].tolist() == [6, 128] and torch.equal(  # pictures of 8 bits stay as they are
@@ -235,7 +235,8 @@ def test_files_that_are_not_read_are_counted(tmp_path: Path, capsys) -> None:
         load_images(str(folder), 8, None, str(tmp_path))
 
 
-@pytest.mark.parametrize("modes, channels", [("L 1 LA I;16 I F", 1), ("L RGB", 3), ("L P", 3), ("RGB", 3)])
+@pytest.mark.parametrize("modes, channels", [
+    ("L 1 LA I;16 I F", 1), ("L RGB", 3), ("L P", 3), ("L LAB", 3), ("RGB", 3)])
 def test_a_folder_of_grey_pictures_has_one_channel(tmp_path: Path, capsys, modes: str, channels: int) -> None:
     """What counts is how pictures are stored: grey pixels in a file with three channels do not make it grey."""
     (tmp_path / "in").mkdir()
@@ -429,6 +430,14 @@ def test_writing_into_the_pictures_changes_only_memory(tmp_path: Path) -> None:
     assert torch.equal(load_images(str(tmp_path / "in"), 16, None, str(tmp_path)), before)
 
 
+def test_a_cache_that_cannot_be_mapped(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*arguments, **options):
+        raise OSError("Cannot allocate memory")
+    monkeypatch.setattr(common.mmap, "mmap", refuse)
+    with pytest.raises(OSError, match="cannot read .*u8' back, or not map it into memory"):
+        load_images(str(photos(tmp_path / "in")), 16, None, str(tmp_path))
+
+
 def change_time(path: Path) -> None:
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
@@ -569,11 +578,20 @@ def test_a_process_that_waits_says_so(tmp_path: Path, monkeypatch, capfd) -> Non
     """A download and a build wait for the lock; a set in the cache does not."""
     class Set:
         data, targets = torch.zeros(5, 28, 28, dtype=torch.uint8), torch.arange(5)
-    fake(monkeypatch, "MNIST", lambda root, download: Set)
+
+    def download_only(root: str, download: bool) -> type:
+        if not download:
+            raise RuntimeError("not there")
+        return Set
+
+    fake(monkeypatch, "MNIST", download_only)
     load_images(str(photos(tmp_path / "made")), 8, None, str(tmp_path))
     photos(tmp_path / "in")
-    code = (f"import common, time\nwith common._alone({str(tmp_path)!r}):\n    print(flush=True)\n    time.sleep(5)\n"
-            "    print(flush=True)")
+    code = f"""if True:
+        import common, time
+        with common._one_process({str(tmp_path)!r}):
+            print(flush=True)
+            time.sleep(5)"""
     for name, waits in ((str(tmp_path / "in"), True), ("mnist", True), (str(tmp_path / "made"), False)):
         holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
         holder.stdout.readline()
@@ -643,7 +661,7 @@ def test_unknown_source(tmp_path: Path, source: str) -> None:
 @pytest.mark.parametrize("name", ["d.zip", "x.npy", "one.jpg"])
 def test_a_file_is_not_a_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"content")
-    with pytest.raises(ValueError, match=f"{name}' is a file: give the folder") as error:
+    with pytest.raises(ValueError, match=f"{name}' is a file: give a folder") as error:
         load_images(str(tmp_path / name), 8, None, str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -686,6 +704,13 @@ def test_spread_takes_distinct_pictures_of_the_whole_set() -> None:
     assert common.spread(images % 2, 4)[:, 0, 0, 0].tolist() == [0, 1]
     assert len(common.spread(images[:1].expand(9, -1, -1, -1), 4)) == 1
     assert torch.equal(common.spread(images[:300], 256), images[torch.linspace(0, 299, 256).long()])
+
+
+def test_a_set_that_is_there_is_only_read(tmp_path: Path, monkeypatch) -> None:
+    class Set:
+        data, targets = torch.zeros(5, 28, 28, dtype=torch.uint8), torch.arange(5)
+    fake(monkeypatch, "MNIST", lambda root, download: Set)
+    assert len(load_images("mnist", 32, None, str(tmp_path))) == 5 and not list(tmp_path.iterdir())
 
 
 def test_torchvision_is_not_imported_at_the_start() -> None:
@@ -744,7 +769,9 @@ def test_celeba(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.parametrize("source, name", common.TORCHVISION.items())
 def test_failed_download(tmp_path: Path, monkeypatch, source: str, name: str) -> None:
     def fail(root: str, download: bool):
-        assert download and root == str(tmp_path)
+        assert root == str(tmp_path)
+        if not download:
+            raise RuntimeError("not there")
         raise RuntimeError("quota\nof 'the day' is used up" + "!" * 999)
     fake(monkeypatch, name, fail)
     with pytest.raises(OSError, match=f"^{source} failed.*'the day' is used up.*--data FOLDER") as error:
