@@ -159,7 +159,7 @@ def update_ema(ema: nn.Module, network: nn.Module, updates: Tensor, decay: float
 
 
 def collapse(rows: Sequence[dict[str, float]]) -> str | None:
-    """The sign that D fails in the rows of metrics.csv, the newest last, and what may help; or None."""
+    """What the rows of metrics.csv, the newest last, show of a failing D, and what may help; or None."""
     *past, row = rows
     begun = row["step"] >= 300 or any(r["energy_fake"] > r["energy_real"] for r in past)  # a run may begin like that
     if begun and row["energy_fake"] < 0.8 * row["energy_real"]:
@@ -223,11 +223,11 @@ def train(args: argparse.Namespace) -> Path:
     state = networks | record.state | adams | dict(updates=updates, fixed_z=fixed_z)
 
     def update() -> Tensor:
-        """One step, of some updates of D and of G, all of it work for the device; returns the METRICS."""
+        """One step: --d-steps updates of D and --g-steps of G, all of it work for the device; returns the METRICS."""
         for turn in range(max(args.d_steps, args.g_steps)):
             z = uniform(args.batch_size, args.latent, device).chunk(WORLD)[RANK]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                fake = generator(z).to(z.dtype)
+                fake = generator(z).to(z.dtype)  # what follows the networks is computed in fp32
                 reconstructions, codes = discriminator(fake)  # one pass of the fakes through D serves both losses
             fake_energy, codes = energy(fake, reconstructions), gathered(codes.to(z.dtype))
             if turn < args.g_steps:
@@ -243,7 +243,7 @@ def train(args: argparse.Namespace) -> Path:
                 real_energy = energy(x, reconstructions)
                 L_D = discriminator_loss(real_energy, fake_energy, args.margin)
                 d_optimizer.zero_grad()
-                L_D.backward(inputs=d_parameters)  # ends at D, so that it does not matter that G has changed
+                L_D.backward(inputs=d_parameters)  # does not reach G, which has changed since
                 average(parameter.grad for parameter in d_parameters)
                 d_optimizer.step()
         update_ema(ema, generator, updates, args.ema)
@@ -340,7 +340,7 @@ def parser() -> argparse.ArgumentParser:
     add("--d-width", type=number(int, 1, 4096), default=32, help="channels of D's first layer, doubled in every next")
     add("--latent", type=number(int, 1, 65536), default=64, help="length of z")
     add("--code", type=number(int, 1, 65536), default=32, help="length of D's linear code")
-    add("--batch-norm", action=switch, default=True, help="in both networks; over all ranks on GPUs, not on CPUs")
+    add("--batch-norm", action=switch, default=True, help="in both networks; synchronised between GPUs, not CPUs")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged generator; 0: no averaging")
     parser.use("--interpolate", type=number(int, 1, 1000), metavar="N", help="skip training and write N walks in z")
     return parser

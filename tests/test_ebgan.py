@@ -345,7 +345,12 @@ def test_without_averaging_ema_is_the_generator(data_flags, tmp_path):
 
 def test_betas_reach_both_optimisers(data_flags, tmp_path, monkeypatch):
     betas, real = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: betas.append(self.param_groups[0]["betas"]) or real(self))
+
+    def watched(optimizer):
+        betas.append(optimizer.param_groups[0]["betas"])
+        real(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
     flags = [*TINY["ebgan"], *data_flags["ebgan"], "--steps", "1", "--betas", "0.1", "0.9"]
     ebgan.main([*flags, "--out", str(tmp_path / "run")])
     assert betas == [(0.1, 0.9)] * 2
