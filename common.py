@@ -1371,7 +1371,7 @@ class Record:
         with only_warn(f"pictures of step {step}"):
             for name, picture in (files if step else files | {"samples/real.png": real}).items():
                 if isinstance(picture, Tensor):
-                    save_grid(picture, self.folder / name, columns=8 if name.startswith("samples") else 16)
+                    save_grid(picture, self.folder / name, columns=8 if len(picture) == len(real) else 16)
                 else:
                     with atomic_write(self.folder / name) as file:
                         picture.save(file)

@@ -266,7 +266,8 @@ def train(args: argparse.Namespace) -> Path:
     with record, common.stop_requests() as requests:
         if RANK == 0 and record.first == 0:
             record.save(state)
-            record.show(pictures(), shown[:64], PANELS)
+        if RANK == 0 and (record.first % args.sample_every == 0 or record.first == args.steps):
+            record.show(pictures(), shown[:64], PANELS)  # on resume too, in case a kill prevented it
         for step in range(record.first + 1, args.steps + 1):
             batches.refill()
             record.add(step, next(results))
@@ -382,13 +383,10 @@ def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint's config, checked as flags are, and its state. Raises OSError; ValueError for other files."""
     content = common.load_checkpoint(path)
     try:
-        if content["script"] != SCRIPT or not isinstance(content["state"], dict):
+        if content["script"] != SCRIPT:
             raise ValueError(f"it is not one of {SCRIPT}.py")
-        checked = vars(parser().parse_args(common.as_flags(content["config"])))
-        for name in checked.keys() - {*common.USES, *common.PLACES}:
-            if checked[name] != content["config"][name]:
-                raise ValueError(f"--{name} is {content['config'][name]}")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        parser().check_saved(content["config"])
+    except ValueError as error:
         raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
     return content
 

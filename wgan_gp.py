@@ -9,7 +9,7 @@ The critic C gives real images x high scores and generated ones G(z) low ones. A
     x^  = epsilon x + (1 - epsilon) G(z)          epsilon uniform in [0, 1], one for each sample
 
     python wgan_gp.py                                              # procedural fish, 32x32
-    python wgan_gp.py --image-size 64 --grow-from runs/wgan_gp-001/checkpoint.pt   # continue at twice the size
+    python wgan_gp.py --image-size 64 --init-from runs/wgan_gp-001/checkpoint.pt   # grow to twice the size
     python wgan_gp.py --resume                                     # continue the newest run
     python wgan_gp.py --sample 1000; python wgan_gp.py --interpolate 4             # use the trained generator
     torchrun --nproc_per_node 8 wgan_gp.py --data celeba --image-size 128 --width 64 --batch-size 512 \\
@@ -214,15 +214,6 @@ def build(network: type[nn.Module], config: dict) -> nn.Module:
     return built.to(memory_format=torch.channels_last)
 
 
-def check_growth(args: argparse.Namespace, small: dict) -> None:
-    """Raise ValueError unless networks of the settings ``small`` can grow into those of ``args``."""
-    for name in ("image_size", "channels", "width", "latent", "stddev", "pixel_norm"):
-        wanted = small[name] * 2 if name == "image_size" else small[name]
-        if vars(args)[name] not in (wanted, None) or args.image_size < 64:
-            raise ValueError(f"argument --grow-from: {args.grow_from} goes with {common.as_flags({name: wanted})[0]}; "
-                             "sizes to grow to are 64 and 128")
-
-
 @torch.no_grad()
 def grow(networks: dict[str, dict[str, Tensor]], small: dict, size: int, path: str) -> None:
     """Copy the state dicts ``small`` of networks of half the image size into ``networks``. Raises ValueError.
@@ -243,27 +234,26 @@ def grow(networks: dict[str, dict[str, Tensor]], small: dict, size: int, path: s
 
 def train(args: argparse.Namespace) -> Path:
     """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
-    if args.grow_from and args.init_from:
-        raise ValueError("argument --grow-from: not allowed with argument --init-from")
     device = start(args)
-    source = args.checkpoint if args.resume else args.init_from or args.grow_from
+    source = args.checkpoint if args.resume else args.init_from
     saved = from_rank_0(read_checkpoint, source) if source else {}
-    if args.grow_from and not args.resume:
-        check_growth(args, saved["config"])
     images = common.load_images(args.data, args.image_size, args.channels, args.data_root)
     batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD, per_step=args.n_critic)
-    args.channels, args.lr_steps = images.shape[1], args.lr_steps or args.steps
+    args.channels = images.shape[1]
     generator, critic = build(Generator, vars(args)).to(device), build(Critic, vars(args)).to(device)
     ema = copy.deepcopy(generator).requires_grad_(False)  # its samples are the ones shown, measured and saved
     networks = dict(generator=generator.state_dict(), ema=ema.state_dict(), critic=critic.state_dict())
-    if args.grow_from and not args.resume:
-        grow(networks, saved["state"], args.image_size, source)
+    if args.init_from and not args.resume:
+        if args.image_size == 2 * saved["config"]["image_size"]:
+            grow(networks, saved["state"], args.image_size, source)
+        else:
+            common.fill(networks, saved["state"], source)
     g_parameters, c_parameters = list(generator.parameters()), list(critic.parameters())
     lr, updates = torch.zeros((), device=device), torch.zeros((), device=device)
     g_optimizer, c_optimizer = adam(g_parameters, lr, args.betas), adam(c_parameters, lr, args.betas)
     lows, highs, shares = zip(*parse_schedule(args.lr))
-    ends = [round(args.lr_steps * share / sum(shares)) for share in itertools.accumulate(shares)]
-    pieces = torch.tensor(list(zip(lows, highs, ends)), device=device)  # the last piece goes on for ever
+    ends = [round(args.steps * share / sum(shares)) for share in itertools.accumulate(shares)]
+    pieces = torch.tensor(list(zip(lows, highs, ends)), device=device)  # of a resumed run as at its beginning
     fixed_z = torch.randn(256, args.latent, device=device)
     shown = common.normalise(common.spread(images, 256).to(device))
     if args.augment:  # pictures and measures are of the data as the critic sees them
@@ -271,7 +261,7 @@ def train(args: argparse.Namespace) -> Path:
     record = common.Record(SCRIPT, vars(args), METRICS, device, images, writes=RANK == 0)
     state = networks | record.state | dict(
         adam_g=g_optimizer.state_dict()["state"], adam_c=c_optimizer.state_dict()["state"], lr=lr, updates=updates,
-        fixed_z=fixed_z)
+        pieces=pieces, fixed_z=fixed_z)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     def update() -> Tensor:
@@ -316,8 +306,8 @@ def train(args: argparse.Namespace) -> Path:
     def pictures() -> dict[str, Tensor]:
         return dict(samples=ema(fixed_z[:64]), plain=generator(fixed_z[:64]))  # plain: without the average
 
-    if args.resume or args.init_from:
-        common.fill(state if args.resume else networks, saved["state"], source)
+    if args.resume:
+        common.fill(state, saved["state"], source)
     results = repeat(update, args.graph and device.type == "cuda")
     with record, common.stop_requests() as requests:
         if RANK == 0 and record.first == 0:
@@ -426,7 +416,6 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=number(int, 1), default=4000, help="generator updates of the whole run")
     add("--lr", type=schedule, default="1e-3:2,2e-4~6e-4:1",
         help="Adam's learning rate: RATE:SHARE or, random at every step, LOW~HIGH:SHARE for each piece of the run")
-    add("--lr-steps", type=number(int, 1), help="steps that the schedule of --lr is for; default: --steps")
     add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.0, 0.99], help="Adam's decay rates")
     add("--n-critic", type=number(int, 1, 1000), default=4, help="critic updates for each generator update; paper: 5")
     add("--gp-weight", type=number(float, 0, 1e6), default=10.0, help="lambda, weight of the gradient penalty")
@@ -437,7 +426,6 @@ def parser() -> argparse.ArgumentParser:
     add("--latent", type=number(int, 1, 65536), default=64, help="length of z")
     add("--stddev", action=switch, default=True, help="minibatch standard deviation in the critic")
     add("--pixel-norm", action=switch, default=True, help="pixel normalisation in the generator")
-    add("--grow-from", type=common.filled, metavar="FILE", help="begin with networks of half the image size")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged generator; 0: no averaging")
     parser.use("--interpolate", type=number(int, 1, 1000), metavar="N", help="skip training and write 2 N walks in z")
     return parser
