@@ -2,6 +2,8 @@
 
 import functools
 import math
+import shutil
+from pathlib import Path
 
 import common
 import ebgan
@@ -159,6 +161,20 @@ def test_networks_of_every_size(size, layers):
     assert not [m for n in networks(TINIEST, batch_norm=False) for m in n.modules() if "BatchNorm" in str(type(m))]
 
 
+@pytest.fixture
+def first(tmp_path, monkeypatch) -> Path:
+    """Where the next run's checkpoint of step 0 is kept."""
+    save = common.Record.save
+
+    def watched(record, state):
+        save(record, state)
+        if record.state["step"] == 0:
+            shutil.copy(record.folder / "checkpoint.pt", tmp_path / "first.pt")
+
+    monkeypatch.setattr(common.Record, "save", watched)
+    return tmp_path / "first.pt"
+
+
 def loaded(checkpoint: dict) -> tuple[ebgan.Generator, ebgan.Discriminator]:
     generator, discriminator = networks(checkpoint["config"])
     generator.load_state_dict(checkpoint["state"]["generator"])
@@ -166,13 +182,13 @@ def loaded(checkpoint: dict) -> tuple[ebgan.Generator, ebgan.Discriminator]:
     return generator, discriminator
 
 
-def test_gradients_are_those_of_the_written_losses(data_flags, pictures, tmp_path, double, monkeypatch):
+def test_gradients_are_those_of_the_written_losses(data_flags, pictures, first, tmp_path, double, monkeypatch):
     taken = []
     monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: taken.append(
         [parameter.grad.clone() for parameter in optimizer.param_groups[0]["params"]]))
-    flags = [*TINY["ebgan"], *data_flags["ebgan"], "--steps", "1", "--pt-weight", "5", "--margin", "15.5", "--keep"]
+    flags = [*TINY["ebgan"], *data_flags["ebgan"], "--steps", "1", "--pt-weight", "5", "--margin", "15.5"]
     ebgan.main([*flags, "--out", str(tmp_path / "run")])
-    before = load(tmp_path / "run/checkpoint-000000.pt")
+    before = load(first)
     (generator, discriminator), config = loaded(before), before["config"]
     torch.set_rng_state(before["state"]["rng"][:-16].clone())
     z = ebgan.uniform(config["batch_size"], config["latent"])
@@ -222,12 +238,12 @@ def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, 
 
 
 @pytest.mark.parametrize("turns", ("1 1", "1 3", "2 1"))
-def test_training_is_the_textbooks_though_d_sees_each_batch_once(turns, data_flags, pictures, tmp_path, double):
+def test_training_is_the_textbooks_though_d_sees_each_batch_once(turns, data_flags, pictures, first, tmp_path, double):
     """So no gradient of the pull-away term, here with a great weight, reaches D, and none of the hinge G."""
     out, margin, (d_steps, g_steps) = tmp_path / "run", 15.5, turns.split()
-    extra = ["--pt-weight", "5", "--margin", str(margin), "--d-steps", d_steps, "--g-steps", g_steps, "--keep"]
+    extra = ["--pt-weight", "5", "--margin", str(margin), "--d-steps", d_steps, "--g-steps", g_steps]
     ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], *extra, "--out", str(out)])
-    before, after = load(out / "checkpoint-000000.pt"), load(out / "checkpoint-000006.pt")["state"]
+    before, after = load(first), load(out / "checkpoint.pt")["state"]
     images = common.load_images(str(pictures), 16, root=before["config"]["data_root"])
     hinges = [float(row["loss_d"]) - float(row["energy_real"]) for row in rows(out)]
     fakes = [float(row["energy_fake"]) for row in rows(out)]
@@ -321,9 +337,10 @@ def test_pictures_are_made_in_eval_mode(network, data_flags, tmp_path, monkeypat
     assert seen == {(True, True), (False, False)}
 
 
-def test_ema_averages_weights_and_the_buffers_of_batch_norm(data_flags, tmp_path):
+def test_ema_averages_weights_and_the_buffers_of_batch_norm(data_flags, first, tmp_path):
     ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], "--save-every", "1", "--keep", "--out", str(tmp_path / "run")])
-    states = [load(tmp_path / f"run/checkpoint-{step:06d}.pt")["state"] for step in range(7)]
+    files = [first, *(tmp_path / f"run/checkpoint-{step:06d}.pt" for step in range(1, 7))]
+    states = [load(file)["state"] for file in files]
     want = {name: value.clone() for name, value in states[0]["ema"].items()}
     for updates, state in enumerate(states[1:]):
         decay = min(0.999, updates / (updates + 9))
