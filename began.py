@@ -200,7 +200,7 @@ def train(args: argparse.Namespace) -> Path:
     batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD)
     args.channels = images.shape[1]
     generator, discriminator = build(Generator, vars(args)).to(device), build(Discriminator, vars(args)).to(device)
-    ema = copy.deepcopy(generator)  # its samples are the ones shown, measured and saved
+    ema = copy.deepcopy(generator).requires_grad_(False)  # its samples are the ones shown, measured and saved
     parameters = [*generator.parameters(), *discriminator.parameters()]
     k, smooth, waited, updates = (torch.zeros((), device=device) for _ in range(4))
     lr, best = torch.full_like(k, args.lr), torch.full_like(k, torch.finfo(k.dtype).max)
@@ -263,6 +263,7 @@ def train(args: argparse.Namespace) -> Path:
             stop, last = told_to_stop(requests), step == args.steps
             if RANK == 0 and (step % args.log_every == 0 or last):
                 record.row(common.compare(ema(fixed_z), shown))
+                record.warn(common.collapse(record.rows))
             if RANK == 0 and (step % args.save_every == 0 or last or stop):
                 record.save(state)
             if RANK == 0 and (step % args.sample_every == 0 or last):

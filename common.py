@@ -1288,7 +1288,7 @@ class Record:
     def row(self, watched: dict[str, float]) -> None:
         """Add a row to metrics.csv: means since the last row, and what is `watched`, where NaN makes an empty cell.
 
-        Raises FloatingPointError unless the means are finite. Warns of a collapse.
+        Raises FloatingPointError unless the means are finite.
         """
         means = self._means()
         self._refuse([f"{name} {value:g}" for name, value in means.items() if not math.isfinite(value)])
@@ -1305,7 +1305,6 @@ class Record:
         self.state["logged"].fill_(step)
         self.rows.append({"step": step} | values)
         self._tell(means)
-        self.warn(collapse(self.rows))
 
     def _earlier_rows(self, header: str) -> tuple[list[str], float]:
         """The rows of metrics.csv up to the first step and the seconds they took.
@@ -1345,12 +1344,12 @@ class Record:
         self.warning = message
 
     def save(self, state: dict) -> None:
-        """Write checkpoint.pt, with "keep" a numbered copy first. FloatingPointError unless all of it is finite."""
+        """Write checkpoint.pt, with "keep" also a numbered copy. FloatingPointError unless all of it is finite."""
         self.state["rng"].copy_(random_state())
         self._refuse([name for name, tensor in tensors(state, "state").items() if not tensor.isfinite().all()])
         step = int(self.state["step"])
-        numbered = [f"checkpoint-{step:06d}.pt"] if self.config["keep"] and step else []
-        for name in [*numbered, "checkpoint.pt"]:
+        names = [f"checkpoint-{step:06d}.pt", "checkpoint.pt"] if self.config["keep"] else ["checkpoint.pt"]
+        for name in names if step else reversed(names):  # so a kill in between loses neither the run nor a copy
             with atomic_write(self.folder / name) as file:
                 torch.save({"script": self.script, "config": self.config, "state": state}, file)
         with atomic_write(self.folder / "config.json") as file:
@@ -1371,7 +1370,7 @@ class Record:
         with only_warn(f"pictures of step {step}"):
             for name, picture in (files if step else files | {"samples/real.png": real}).items():
                 if isinstance(picture, Tensor):
-                    save_grid(picture, self.folder / name, columns=8 if len(picture) == len(real) else 16)
+                    save_grid(picture, self.folder / name, columns=16 if "reconstructions" in name else 8)
                 else:
                     with atomic_write(self.folder / name) as file:
                         picture.save(file)

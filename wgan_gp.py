@@ -253,7 +253,7 @@ def train(args: argparse.Namespace) -> Path:
     g_optimizer, c_optimizer = adam(g_parameters, lr, args.betas), adam(c_parameters, lr, args.betas)
     lows, highs, shares = zip(*parse_schedule(args.lr))
     ends = [round(args.steps * share / sum(shares)) for share in itertools.accumulate(shares)]
-    pieces = torch.tensor(list(zip(lows, highs, ends)), device=device)  # of a resumed run as at its beginning
+    pieces = torch.tensor(list(zip(lows, highs, [0, *ends[:-1]])), device=device)  # saved: a longer run keeps them
     fixed_z = torch.randn(256, args.latent, device=device)
     shown = common.normalise(common.spread(images, 256).to(device))
     if args.augment:  # pictures and measures are of the data as the critic sees them
@@ -266,7 +266,7 @@ def train(args: argparse.Namespace) -> Path:
 
     def update() -> Tensor:
         """One step, --n-critic updates of C and one of G, all of it work for the device; returns the METRICS."""
-        piece = pieces.index_select(0, (updates >= pieces[:-1, 2]).sum().view(1))[0]  # (low, high, end)
+        piece = pieces.index_select(0, (updates >= pieces[1:, 2]).sum().view(1))[0]  # (low, high, first update)
         lr.copy_(torch.lerp(piece[0], piece[1], torch.rand((), device=device)))
         z = [torch.randn(args.batch_size, args.latent, device=device).chunk(WORLD)[RANK] for _ in range(args.n_critic)]
         with torch.no_grad(), autocast:  # G does not change meanwhile: one pass makes the images of all turns
@@ -320,6 +320,7 @@ def train(args: argparse.Namespace) -> Path:
             stop, last = told_to_stop(requests), step == args.steps
             if RANK == 0 and (step % args.log_every == 0 or last):
                 record.row(common.compare(ema(fixed_z), shown))
+                record.warn(common.collapse(record.rows))
             if RANK == 0 and (step % args.save_every == 0 or last or stop):
                 record.save(state)
             if RANK == 0 and (step % args.sample_every == 0 or last):

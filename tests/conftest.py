@@ -23,7 +23,7 @@ TINY = {
     "ebgan": [*IMAGE, *COMMON, "--g-width", "8", "--d-width", "4", "--latent", "8", "--code", "8"],
     "unrolled_gan": ["--batch-size", "4", *COMMON, "--width", "8", "--latent", "4", "--unroll-steps", "2"],
     "wgan_gp": [*IMAGE, *COMMON, "--width", "2", "--latent", "8", "--n-critic", "2",
-                "--lr", "1e-3:1,5e-4~2e-3:2", "--lr-steps", "7"],
+                "--lr", "5e-4~2e-3"],
 }
 SCRIPTS = sorted(TINY)
 

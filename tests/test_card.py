@@ -33,6 +33,19 @@ for _ in range(9):
     halve_on_stall(m, lr, zero, best, waited := torch.zeros(()), 1, 0.1)
 update_ema(Generator(8, 4, 16, 3, skip=True), generator, torch.zeros(()), 0.9)
 """,
+    "wgan_gp": """
+images, z = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, 8)
+generator, critic = Generator(8, 2, 64, 3), Critic(2, 64, 3, dropout=0.2)
+fake = generator(z)
+assert fake.shape == images.shape and UpConv(3, 4)(images).shape == (4, 4, 128, 128) and features(2, 8) == 8
+assert pixel_norm(images).shape == dropout(images, 0.5).shape == images.shape
+assert minibatch_stddev(images).shape == (4, 4, 64, 64)
+penalty = gradient_penalty(critic, images, fake.detach())
+critic_loss(critic(images), critic(fake.detach()), penalty, 10, 0.001).backward()
+generator_loss(critic(fake)).backward()
+gradient_penalty(nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), torch.randn(6, 5), torch.randn(6, 5)).backward()
+update_ema(Generator(8, 2, 64, 3), generator, torch.zeros(()), 0.9)
+""",
 }
 
 
