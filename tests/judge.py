@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common  # noqa: E402
 
-VERSION = 1  # increase it when a judge trained anew would differ from a cached one
+VERSION = 1  # increase it when a drawing, or anything else in a judge, changes
 
 
 class Classifier(nn.Module):
@@ -141,18 +141,13 @@ class Judge:
         return features, logits.argmax(1)
 
     def score(self, images: Tensor) -> dict[str, float]:
-        """All measures of images [N, C, size, size]; values outside [-1, 1] are clipped, as in a picture.
-
-        A Fréchet distance falls with the number of images. So it is measured on portions as large as the held-out set.
-        """
+        """All measures of images [N, C, size, size]; values outside [-1, 1] are clipped, as in a picture."""
         features, classes = self.look(images.clamp(-1, 1))
         features = features @ self.whiten
-        size = min(len(features), len(self.held_out))
-        portions = [frechet(part, self.real) for part in features.split(size) if len(part) == size]
         count = min(len(features), len(self.real), 2000)
         samples, real = features[:count], self.real[:count]
         found = torch.bincount(classes, minlength=len(self.frequencies)) / len(classes)
-        return dict(frechet=sum(portions) / len(portions) / self.unit, precision=among(samples, real),
+        return dict(frechet=frechet(features, self.real) / self.unit, precision=among(samples, real),
                     recall=among(real, samples), least_class=found.min().item(),
                     kl=torch.xlogy(found, found / self.frequencies).sum().item())
 
