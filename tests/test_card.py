@@ -33,6 +33,18 @@ for _ in range(9):
     halve_on_stall(m, lr, zero, best, waited := torch.zeros(()), 1, 0.1)
 update_ema(Generator(8, 4, 16, 3, skip=True), generator, torch.zeros(()), 0.9)
 """,
+    "ebgan": """
+images = torch.rand(4, 3, 32, 32) * 2 - 1
+generator = Generator(8, 16, 32, 3, "fused", nn.BatchNorm2d)
+discriminator = Discriminator(8, 4, 32, 3, "paper", nn.Identity)
+assert generator(torch.rand(4, 8)).shape == decoder([8, 4, 2], 3, "paper", nn.Identity)(torch.rand(4, 8, 4, 4)).shape
+assert UpConv(3, 4)(images).shape == (4, 4, 64, 64)
+reconstructions, codes = discriminator(images)
+energies = energy(images, reconstructions)
+(discriminator_loss(energies, energies, 9.0) + generator_loss(energies, codes, 0.1) + pull_away_term(codes)).backward()
+update_ema(Generator(8, 16, 32, 3, "fused", nn.BatchNorm2d), generator, torch.zeros(()), 0.9)
+assert collapse([{"step": 500, "energy_real": 2.0, "energy_fake": 1.0}])
+""",
     "wgan_gp": """
 images, z = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, 8)
 generator, critic = Generator(8, 2, 64, 3), Critic(2, 64, 3, dropout=0.2)
