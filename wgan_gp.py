@@ -29,7 +29,6 @@ import contextlib
 import copy
 import datetime
 import itertools
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator

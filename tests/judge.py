@@ -165,7 +165,8 @@ def sampled(path: str | Path, count: int = 2000) -> Tensor:
 
 def read_folder(folder: str | Path, channels: int) -> Tensor:
     """The PNGs in a folder as images [N, channels, size, size]."""
-    pictures = [Image.open(path).convert("L" if channels == 1 else "RGB") for path in sorted(Path(folder).glob("*.png"))]
+    paths = sorted(Path(folder).glob("*.png"))
+    pictures = [Image.open(path).convert("L" if channels == 1 else "RGB") for path in paths]
     pixels = np.stack([np.asarray(picture).reshape(*picture.size, channels) for picture in pictures])
     return common.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 

@@ -5,7 +5,7 @@
     python tests/reproduce.py ebgan64                  # 4 runs of 250 steps at 64x64
     python tests/reproduce.py unrolled                 # 36 runs of 3,000 steps
     python tests/reproduce.py wgan_gp                  # 21 runs of 1,500 steps
-    python tests/reproduce.py digits                   # default runs on digits, scored by a classifier
+    python tests/reproduce.py defaults                 # default runs, 3 seeds of each, scored by tests/judge.py
 
 MNIST is looked for in the folder that GAN_TEST_DATA names, or else downloaded to data.
 
@@ -25,19 +25,14 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import began  # noqa: E402
 import common  # noqa: E402
-import digits  # noqa: E402
-import ebgan  # noqa: E402
-import wgan_gp  # noqa: E402
+import judge  # noqa: E402
 
 RESULTS, IMAGES = ROOT / ".github/results", ROOT / ".github/images"
 MNIST = os.environ.get("GAN_TEST_DATA", "data")
@@ -88,14 +83,6 @@ def fifth(table: list[dict[str, str]], name: str, which: int = 5) -> float:
     return statistics.fmean(float(row[name]) for row in rows)
 
 
-def samples(module: ModuleType, folder: Path, count: int) -> torch.Tensor:
-    """Samples of a run's last checkpoint, the same for the same run."""
-    generator, config = module.load_generator(folder / "checkpoint.pt")
-    torch.manual_seed(0)
-    draw = module.normal if module is wgan_gp else module.uniform
-    return torch.cat([generator(draw(min(500, count - first), config["latent"])) for first in range(0, count, 500)])
-
-
 def began_gammas(jobs: int) -> str:
     """BEGAN at three diversity ratios: is L(G(z)) / L(x) held at gamma, and does diversity follow?"""
     cells = [dict(gamma=gamma, seed=seed) for gamma in (0.3, 0.5, 0.7) for seed in (0, 1)]
@@ -107,7 +94,7 @@ def began_gammas(jobs: int) -> str:
         summary |= {"m_third_fifth": fifth(table, "m", 3), "m_fourth_fifth": fifth(table, "m", 4)}
         if cell["seed"] == 0:
             row = IMAGES / f"began-gamma-{cell['gamma']}.png"
-            common.save_grid(samples(began, folder, 16), row, columns=16, zoom=2)
+            common.save_grid(judge.sampled(folder / "checkpoint.pt", 16), row, columns=16, zoom=2)
         shutil.rmtree(folder.parent)
         return summary | {"seconds": float(table[-1]["seconds"])}
 
@@ -122,19 +109,19 @@ def ebgan_margins(jobs: int) -> str:
     """The margins of the MNIST experiment behind the script, with and without the pull-away term."""
     keys = dict(margin=(2.0, 8.0, 16.0), pt_weight=(0.0, 0.1), seed=(0, 1, 2))
     cells = [dict(zip(keys, values)) for values in itertools.product(*keys.values())]
-    judge = digits.Judge("mnist", MNIST)
+    mnist = judge.Judge("mnist", MNIST)
     columns = ("energy_real", "energy_fake", "loss_d", "swd", "diversity")
 
     def measure(cell: dict) -> dict:
         flags = [text for name, value in cell.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         table, folder = train("ebgan", "--data", "mnist", "--data-root", MNIST, "--steps", "1000",
                               "--batch-size", "32", *flags, "--device", "cpu")
-        pictures = samples(ebgan, folder, 2000)
+        pictures = judge.sampled(folder / "checkpoint.pt", 2000)
         if cell["seed"] == 0:
             row = IMAGES / "ebgan-{margin:g}-{pt_weight:g}.png".format(**cell)
             common.save_grid(pictures[:16], row, columns=16)
         shutil.rmtree(folder.parent)
-        summary = {name: fifth(table, name) for name in columns} | judge.score(pictures)
+        summary = {name: fifth(table, name) for name in columns} | mnist.score(pictures)
         return summary | {"seconds": float(table[-1]["seconds"])}
 
     lines = run_cells("ebgan", cells, measure, jobs)
@@ -154,7 +141,8 @@ def ebgan_64(jobs: int) -> str:
     def measure(cell: dict) -> dict:
         table, folder = train("ebgan", "--data", "faces", "--image-size", "64", "--batch-size", "32", "--steps", "250",
                               "--log-every", "10", "--margin", str(cell["margin"]), "--device", "cpu")
-        common.save_grid(samples(ebgan, folder, 12), IMAGES / f"ebgan-64-{cell['margin']:g}.png", columns=12, zoom=1)
+        row = IMAGES / f"ebgan-64-{cell['margin']:g}.png"
+        common.save_grid(judge.sampled(folder / "checkpoint.pt", 12), row, columns=12, zoom=1)
         shutil.rmtree(folder.parent)
         return {name: fifth(table, name) for name in columns}
 
@@ -166,63 +154,56 @@ def ebgan_64(jobs: int) -> str:
 
 
 def wgan_gp_ablation(jobs: int) -> str:
-    """The whole recipe, and without each of its items in turn.
-
-    Augmentation changes the distribution that is learnt, so the samples are compared with both: the fish as drawn, and
-    the fish as this run's critic saw them.
-    """
-    without = {"": [], "EMA": ["--ema", "0"], "minibatch stddev": ["--no-stddev"], "pixel norm": ["--no-pixel-norm"],
-               "dropout": ["--dropout", "0"], "augmentation": ["--no-augment"], "drift": ["--drift", "0"]}
-    cells = [dict(without=name, seed=seed) for seed in (0, 1, 2) for name in without]
-    drawn = common.normalise(common.load_images("fish", 32))
-    torch.manual_seed(0)
-    turned = common.augment(drawn)
-    ours, others = slice(0, None, 2), slice(1, None, 2)  # halves: their distance is that of a perfect generator
+    """The default settings, then without each of their items in turn, and with augmentation."""
+    variants = {"default": [], "without EMA": ["--ema", "0"], "without minibatch stddev": ["--no-stddev"],
+                "without pixel norm": ["--no-pixel-norm"], "with dropout 0.2": ["--dropout", "0.2"],
+                "without drift": ["--drift", "0"], "with augmentation": ["--augment"]}
+    fish = judge.Judge("fish")
 
     def measure(cell: dict) -> dict:
-        table, folder = train("wgan_gp", "--steps", "1500", *without[cell["without"]], "--seed", str(cell["seed"]),
-                              "--log-every", "50", "--sample-every", "1500", "--device", "cpu")
-        pictures = samples(wgan_gp, folder, len(drawn) // 2)
-        if cell["seed"] == 0:
-            row = IMAGES / f"wgan_gp-without-{cell['without'].replace(' ', '-') or 'nothing'}.png"
-            common.save_grid(pictures[:16], row, columns=16)
+        table, folder = train("wgan_gp", "--steps", "1500", *variants[cell["variant"]], "--seed", str(cell["seed"]),
+                              "--sample-every", "1500", "--device", "cpu")
+        scores = fish.score(judge.sampled(folder / "checkpoint.pt"))
         shutil.rmtree(folder.parent)
-        seen = drawn if cell["without"] == "augmentation" else turned
-        return dict(swd=common.sliced_wasserstein(pictures, drawn[ours]),
-                    swd_seen=common.sliced_wasserstein(pictures, seen[ours]),
-                    diversity=common.diversity_ratio(pictures[:500], drawn[ours][:500]),
-                    seconds=float(table[-1]["seconds"]))
+        return scores | {name: float(table[-1][name]) for name in ("swd", "diversity", "seconds")}
 
+    cells = [dict(variant=name, seed=seed) for seed in (0, 1, 2) for name in variants]
     lines = run_cells("wgan_gp", cells, measure, jobs)
-    columns = ("swd_seen", "swd", "diversity")
-    text = "| without | SWD, as seen | SWD, as drawn | diversity, as drawn |\n|---|---|---|---|\n"
-    for name in without:
-        group = [line for line in lines if line["without"] == name]
-        show = " | ".join(spread([line[column] for line in group], 3) for column in columns)
-        text += f"| {name or '(the whole recipe)'} | {show} |\n"
-    text += f"| (the other half of the data) | {common.sliced_wasserstein(turned[others], turned[ours]):.3f} | "
-    text += f"{common.sliced_wasserstein(drawn[others], drawn[ours]):.3f} | 1 |\n"
+    columns = dict(frechet=1, precision=2, recall=2, swd=3, diversity=2)
+    text = f"| variant | {' | '.join(columns)} |\n|" + "---|" * 6 + "\n"
+    for name in variants:
+        group = [line for line in lines if line["variant"] == name]
+        text += f"| {name} | "
+        text += " | ".join(spread([line[column] for line in group], places) for column, places in columns.items())
+        text += " |\n"
     return text
 
 
-def digit_scores(jobs: int) -> str:
-    """Default runs on digits, by a classifier of its own: Fréchet distances in multiples of that of held-out digits."""
-    runs = {"ebgan": (ebgan, []), "ebgan mnist": (ebgan, []), "wgan_gp mnist": (wgan_gp, ["--no-augment"])}
+def defaults(jobs: int) -> str:
+    """Default runs, scored by tests/judge.py: how far are samples from the data, as a multiple of held-out data?"""
+    runs = [("began", "faces"), ("ebgan", "digits"), ("ebgan", "mnist"), ("wgan_gp", "fish"), ("wgan_gp", "mnist")]
+    cells = [dict(script=script, data=data, seed=seed) for seed in (0, 1, 2) for script, data in runs]
+    roots = {data: MNIST if data == "mnist" else "data" for _, data in runs}
+    judges = {data: judge.Judge(data, root) for data, root in roots.items()}
 
     def measure(cell: dict) -> dict:
-        module, flags = runs[cell["run"]]
-        data, root = ("mnist", MNIST) if "mnist" in cell["run"] else ("digits", "data")
-        table, folder = train(module.SCRIPT, "--data", data, "--data-root", root, *flags, "--device", "cpu")
-        pictures = samples(module, folder, 2000)
-        common.save_grid(pictures[:48], IMAGES / f"{module.SCRIPT}-{data}.png", columns=16)
-        shutil.copytree(folder, Path("runs", cell["run"].replace(" ", "-")), dirs_exist_ok=True)
-        return digits.Judge(data, root).score(pictures) | {"seconds": float(table[-1]["seconds"])}
+        script, data, seed = cell.values()
+        table, folder = train(script, "--data", data, "--data-root", roots[data], "--seed", str(seed))
+        pictures = judge.sampled(folder / "checkpoint.pt")
+        if seed == 0:
+            common.save_grid(pictures[:64], IMAGES / f"{script}-{data}.png", columns=16)
+            shutil.copytree(folder, Path("runs", f"{script}-{data}"), dirs_exist_ok=True)
+        shutil.rmtree(folder.parent)
+        return judges[data].score(pictures) | {"seconds": float(table[-1]["seconds"])}
 
-    text = "| run | minutes, one thread | Fréchet | least class, % | median confidence | KL to even classes |\n"
-    text += "|" + "---|" * 6 + "\n"
-    for line in run_cells("digits", [dict(run=run) for run in runs], measure, jobs):
-        text += (f"| {line['run']} | {line['seconds'] / 60:.1f} | {line['frechet']:.1f} "
-                 f"| {100 * line['least_class']:.1f} | {line['confidence']:.3f} | {line['kl']:.3f} |\n")
+    lines = run_cells("defaults", cells, measure, jobs)
+    columns = dict(frechet=2, precision=2, recall=2, least_class=3, kl=3)
+    text = f"| script | data | runs | minutes, one thread | {' | '.join(columns)} |\n|" + "---|" * 9 + "\n"
+    for script, data in runs:
+        group = [line for line in lines if (line["script"], line["data"]) == (script, data)]
+        scores = " | ".join(spread([line[name] for line in group], places) for name, places in columns.items())
+        minutes = spread([line["seconds"] / 60 for line in group], 1)
+        text += f"| {script} | {data} | {len(group)} | {minutes} | {scores} |\n"
     return text
 
 
@@ -256,7 +237,7 @@ def unrolled(jobs: int) -> str:
 
 
 TABLES = {"began": began_gammas, "ebgan": ebgan_margins, "ebgan64": ebgan_64, "unrolled": unrolled,
-          "wgan_gp": wgan_gp_ablation, "digits": digit_scores}
+          "wgan_gp": wgan_gp_ablation, "defaults": defaults}
 
 
 def main() -> None:

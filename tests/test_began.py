@@ -1,6 +1,5 @@
 """BEGAN's equations and networks against loops, hand-computed values and the textbook way to train."""
 
-import math
 import re
 
 import began

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wgan_gp
-from conftest import TINY, load, module, rows, run, same_state
+from conftest import TINY, load, rows, same_state
 from PIL import Image
 from test_scripts import fails
 
