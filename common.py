@@ -1260,6 +1260,8 @@ class Record:
         if self.writes:
             self.config["out"] = self.config["out"] or str(next_folder(f"runs/{self.script}"))
             self.lock.enter_context(file_lock(Path(self.config["out"], ".lock"), wait=False))
+            for leftover in Path(self.config["out"]).glob(".*.tmp.*"):  # of a process that was killed
+                leftover.unlink()
         self.folder = Path(self.config["out"] or "")
         self.first, self.began, self.told = int(self.state["step"]), time.monotonic(), time.monotonic()
         if self.writes:
