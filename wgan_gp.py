@@ -413,14 +413,14 @@ def parser() -> argparse.ArgumentParser:
     parser = common.Parser(SCRIPT, " ".join(__doc__.split("\n")[:2]), data="fish")
     add = parser.add_argument_group("WGAN-GP").add_argument
     add("--batch-size", type=number(int, 1, 1e6), default=16, help="images per batch, over all ranks")
-    add("--steps", type=number(int, 1), default=4000, help="generator updates of the whole run")
+    add("--steps", type=number(int, 1), default=7000, help="generator updates of the whole run")
     add("--lr", type=schedule, default="1e-3:2,2e-4~6e-4:1",
         help="Adam's learning rate: RATE:SHARE or, random at every step, LOW~HIGH:SHARE for each piece of the run")
     add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.0, 0.99], help="Adam's decay rates")
-    add("--n-critic", type=number(int, 1, 1000), default=4, help="critic updates for each generator update; paper: 5")
+    add("--n-critic", type=number(int, 1, 1000), default=2, help="critic updates for each generator update; paper: 5")
     add("--gp-weight", type=number(float, 0, 1e6), default=10.0, help="lambda, weight of the gradient penalty")
     add("--drift", type=number(float, 0, 1e6), default=0.001, help="weight of the squared scores of real images")
-    add("--dropout", type=number(float, 0, 0.99), default=0.2, help="share of the critic's features that are dropped")
+    add("--dropout", type=number(float, 0, 0.99), default=0.0, help="share of the critic's features that are dropped")
     add("--augment", action=switch, default=False, help="random rotation, shift, shear, zoom and tint of real images")
     add("--width", type=number(int, 1, 1024), default=16, help="channels at 32x32 and above; doubled at every halving")
     add("--latent", type=number(int, 1, 65536), default=64, help="length of z")
