@@ -1032,7 +1032,9 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(config, dict) or config.keys() != known:
             raise ValueError("settings are missing or not known")
         values = vars(self.parse_args(as_flags(config)))
-        if wrong := [name for name in known - {*PLACES} if values[name] != config[name]]:
+        wrong = [name for name in known - {*PLACES} if values[name] != config[name]]
+        wrong += [name for name in known - {*PLACES, "init_from"} if config[name] is None]  # a run has decided it
+        if wrong:
             raise ValueError(f"{min(wrong)} is {type(config[min(wrong)]).__name__}")
 
     def error(self, message: str) -> NoReturn:
