@@ -3,23 +3,24 @@
 The generator G looks ahead: it is judged not by the discriminator D as it is, but by what K more steps would make of D,
 and its gradient runs through these steps. D itself then takes one ordinary step. With theta, the parameters of D:
 
-    f(G, theta)   = E log D(x) + E log(1 - D(G(z)))                        D ascends f
-    theta^0       = theta,   theta^{k+1} = theta^k + Adam(df/dtheta^k)     K = --unroll-steps of them, then forgotten
-    f_K(G)        = f(G, theta^K(G))                                       G descends f_K
-    df_K/dG       = df/dG + df/dtheta^K dtheta^K/dG                        the second term is the paper
+    f(G, theta) = E log D(x) + E log(1 - D(G(z)))                          D ascends f: L_D = -f(G, theta)
+    theta^0     = theta,   theta^{k+1} = theta^k + Adam(df / dtheta^k)     K = --unroll-steps of them, then forgotten
+    f_K(G)      = f(G, theta^K(G))                                         G descends f_K: L_G = f_K(G)
+    df_K/dG     = df/dG + df/dtheta^K dtheta^K/dG                          the second term is the paper
 
     python unrolled_gan.py                                         # ring of 8 Gaussians
     python unrolled_gan.py --activation relu --unroll-steps 0      # a plain GAN, which collapses
     python unrolled_gan.py --activation relu                       # the same, unrolled: it does not
     python unrolled_gan.py --data grid --prior-std 0.02            # 25 Gaussians of uneven weights
-    python unrolled_gan.py --resume                                # go on with the newest run
-    python unrolled_gan.py --sample 10000                          # samples.npy: 10,000 points
-    python unrolled_gan.py --activation relu --lr 1e-4 --d-lr 1e-4 --d-layers 1 --input-scale 4 --g-loss saddle \\
-        --steps 25000                                              # the paper's settings
+    python unrolled_gan.py --data points.npy                       # your own points, an array [N, 2]
+    python unrolled_gan.py --resume                                # continue the newest run
+    python unrolled_gan.py --sample 10000                          # use the trained generator
+    torchrun --nproc_per_node 8 unrolled_gan.py --data grid --batch-size 65536 --width 1024   # 8,192 points per GPU
+    python unrolled_gan.py --activation relu --lr 1e-4 --d-lr 1e-4 --betas 0.5 0.999 --d-layers 1 --input-scale 4 \\
+        --g-loss saddle --steps 25000                              # the paper's settings
     python unrolled_gan.py --d-activation tanh --gain 1.4 --d-lr 1e-4 --unroll-steps 5 --g-loss saddle --steps 25000
                                                                    # those of the authors' notebook, on our ring
-    python unrolled_gan.py --activation relu --gain 0 --d-lr 1e-4 --fresh
-                                                                   # those of github.com/andrewliao11/unrolled-gans
+    python unrolled_gan.py --activation relu --gain 0 --d-lr 1e-4 --fresh   # those of andrewliao11/unrolled-gans
 
 Measured, with ReLU: K = 10 covers all 8 modes in 3 of 3 runs, K = 0 none. With tanh both cover all 8.
 """
@@ -28,13 +29,9 @@ import argparse
 import contextlib
 import datetime
 import itertools
-import json
 import math
 import os
-import shutil
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -44,155 +41,119 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import common
 
-# ---- arguments ------------------------------------------------------------------------------------------------------
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads and checks the command line; exits with one clear line where a flag is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--data", choices=("ring", "grid"), default="ring", help="8 Gaussians on a circle, or 5 x 5 of them")
-    add("--prior-std", type=number(float, 0, 1), default=0.0, help="standard deviation of the mixture's weights")
-    add("--batch-size", type=number(int, 1), default=512, help="points in a batch, over all ranks")
-    add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
-    add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, generator")
-    add("--d-lr", type=number(float, 1e-9, 1), default=3e-4, help="Adam's learning rate, discriminator")
-    add("--unroll-steps", type=number(int, 0, 1000), default=10, help="the paper's K; 0: the plain GAN")
-    add("--g-loss", choices=("saddle", "nonsaturating"), default="nonsaturating", help="f_K, or -E log D(G(z))")
-    add("--fresh", action="store_true", help="new real points for every unrolled step, not one batch for all")
-    add("--activation", choices=("relu", "tanh"), default="tanh", help="non-linearity of the generator")
-    add("--d-activation", choices=("relu", "tanh"), default="relu", help="non-linearity of the discriminator")
-    add("--d-layers", type=number(int, 1, 9), default=2, help="hidden layers of the discriminator; paper: 1")
-    add("--gain", type=number(float, 0, 9), default=0.8, help="of the orthogonal initial weights; 0: PyTorch's own")
-    add("--input-scale", type=number(float, 1e-3), default=1.0, help="the discriminator sees x / this; paper: 4")
-    add("--width", type=number(int, 1), default=128, help="units of a hidden layer, both networks")
-    add("--latent", type=number(int, 1), default=256, help="length of z")
-    add("--seed", type=number(int, 0), default=0, help="seed of weights, batches and noise")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    add("--no-graph", action="store_true", help="no CUDA graph: run every step eagerly")
-    add("--log-every", type=number(int, 1), default=100, help="steps between rows of metrics.csv")
-    add("--sample-every", type=number(int, 1), default=100, help="steps between sample pictures")
-    add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
-    add("--keep", action="store_true", help="keep a numbered copy of every checkpoint")
-    add("--out", help="run folder (default: the next free runs/unrolled_gan-001); with --sample, its folder")
-    add("--checkpoint", metavar="FILE", help="what the following take instead of the newest run's checkpoint.pt")
-    instead = parser.add_mutually_exclusive_group().add_argument
-    instead("--resume", action="store_true", help="go on with the newest run, or that of --out or --checkpoint")
-    instead("--sample", type=number(int, 1), metavar="N", help="train nothing, write N samples as samples.npy [N, 2]")
-    return settings(parser, argv)
-
+SCRIPT = "unrolled_gan"  # checkpoints carry this name, whatever the file is called
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 
-def initialise(weight: Tensor, bias: Tensor, gain: float) -> None:
-    """Orthogonal weights times ``gain`` and zero biases; with gain 0 what nn.Linear starts from."""
-    if gain:
-        nn.init.orthogonal_(weight, gain), nn.init.zeros_(bias)
-    else:
-        bound = weight.shape[1] ** -0.5
-        nn.init.uniform_(weight, -bound, bound), nn.init.uniform_(bias, -bound, bound)
+def perceptron(layers: list[nn.Linear], activation: str, gain: float) -> list[nn.Module]:
+    """The layers of a network, with ``activation`` (relu or tanh) in between.
+
+    Their weights are made orthogonal, times ``gain``, and their biases zero; with gain 0 both are PyTorch's own.
+    """
+    for layer in layers:
+        if gain == 0:
+            layer.reset_parameters()
+        else:
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+    function = {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]
+    return [module for layer in layers for module in (layer, function())][:-1]
 
 
-class Generator(nn.Module):
+class Generator(nn.Sequential):
     """Latent [N, latent] to points [N, 2], by two hidden layers."""
 
     def __init__(self, latent: int, width: int, activation: str = "relu", gain: float = 0.8):
-        super().__init__()
-        self.activation = getattr(torch, activation)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([latent, width, width, 2]))
-        for layer in self.layers:
-            initialise(layer.weight.data, layer.bias.data, gain)
-
-    def forward(self, z: Tensor) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:
-            z = self.activation(layer(z))
-        return last(z)
+        layers = [nn.Linear(a, b) for a, b in itertools.pairwise([latent, width, width, 2])]
+        super().__init__(*perceptron(layers, activation, gain))
 
 
-class Discriminator(nn.Module):
-    """Points [N, 2] to logits [N, 1] of being real.
-
-    Its weights and biases lie end to end in one vector ``theta``, on which a step of Adam is a few operations; forward
-    takes another such vector in its place.
-    """
+class Discriminator(nn.Sequential):
+    """Points [N, 2] to logits [N, 1] of being real; its first layer sees x / ``scale``."""
 
     def __init__(self, width: int, layers: int = 2, activation: str = "relu", gain: float = 0.8, scale: float = 1.0):
-        super().__init__()
-        self.activation, self.scale = getattr(torch, activation), scale
         sizes = itertools.pairwise([2, *[width] * layers, 1])
-        self.shapes = [shape for a, b in sizes for shape in ((b, a), (b,))]
-        self.theta = nn.Parameter(torch.zeros(sum(map(math.prod, self.shapes))))
-        for weight, bias in self.layers(self.theta.data):
-            initialise(weight, bias, gain)
+        super().__init__(*perceptron([nn.utils.skip_init(nn.Linear, a, b) for a, b in sizes], activation, gain))
+        self.scale = scale
 
-    def layers(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The weight and bias of every layer, as views of ``theta``."""
-        parts = theta.split([math.prod(shape) for shape in self.shapes])
-        parts = [part.view(shape) for part, shape in zip(parts, self.shapes)]
-        return list(zip(parts[::2], parts[1::2]))
-
-    def forward(self, points: Tensor, theta: Tensor | None = None) -> Tensor:
-        *hidden, last = self.layers(self.theta if theta is None else theta)
-        x = points / self.scale
-        for layer in hidden:
-            x = self.activation(F.linear(x, *layer))
-        return F.linear(x, *last)
-
-    def both(self, real: Tensor, fake: Tensor, theta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The logits of as many real as generated points, in one pass."""
-        return self(torch.cat([real, fake]), theta).chunk(2)
+    def forward(self, points: Tensor) -> Tensor:
+        return super().forward(points / self.scale)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """-f = -E log D(x) - E log(1 - D(G(z))) of logits [N, 1], as a scalar (eq. 1 and 2)."""
+    """-f = -E log D(x) - E log(1 - D(G(z))) (eq. 1 and 2): logits of one shape, as [N, 1], to a scalar.
+
+    Raises ValueError where the shapes differ.
+    """
+    if real_logits.shape != fake_logits.shape:
+        raise ValueError(f"shapes differ: {tuple(real_logits.shape)} and {tuple(fake_logits.shape)}")
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
 def generator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "saddle") -> Tensor:
-    """The saddle's f (eq. 8: its real term matters too, as theta^K depends on G), or else -E log D(G(z))."""
-    return -discriminator_loss(real_logits, fake_logits) if kind == "saddle" else F.softplus(-fake_logits).mean()
+    """``saddle``: f (eq. 8), whose real term matters too, as theta^K depends on G. ``nonsaturating``: -E log D(G(z)).
 
-
-class Mean(torch.autograd.Function):
-    """The mean over the ranks, and in the backward pass that of the gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return average([x])[0].clone()
-
-    backward = forward
-
-
-def unrolled_parameters(params: Tensor, adam_state: dict[str, Tensor], real: Tensor, fake: Tensor, steps: int,
-                        discriminator: Discriminator, lr: float = 1e-4, betas: tuple[float, float] = (0.5, 0.999),
-                        eps: float = 1e-8) -> Tensor:
-    """theta^K (eq. 7): ``params`` after K = ``steps`` steps of Adam on discriminator_loss, differentiable in ``fake``.
-
-    ``params`` [P] and torch.optim.Adam's ``adam_state`` (step, exp_avg, exp_avg_sq) are where it begins, and do not
-    change. ``fake`` is [N, 2], ``real`` [N, 2] or, with its own points for every step, [steps, N, 2].
+    The logits are those of theta^K. Raises ValueError for another kind, or where their shapes differ.
     """
-    theta = params.detach().requires_grad_(steps > 0)
-    t, m, v = adam_state["step"], adam_state["exp_avg"], adam_state["exp_avg_sq"]
-    for k in range(steps):
-        loss = discriminator_loss(*discriminator.both(real[k] if real.ndim == 3 else real, fake, theta))
-        (g,) = torch.autograd.grad(loss, theta, create_graph=True)
-        g = Mean.apply(g) if ranks()[1] > 1 else g
-        t = t + 1
-        m = torch.lerp(g, m, betas[0])
-        v = torch.addcmul(betas[1] * v, g, g, value=1 - betas[1])
+    f = -discriminator_loss(real_logits, fake_logits)
+    if kind == "saddle":
+        return f
+    if kind == "nonsaturating":
+        return F.softplus(-fake_logits).mean()
+    raise ValueError(f"unknown kind {kind!r}; accepted: saddle, nonsaturating")
+
+
+def unroll(discriminator: nn.Module, adam: torch.optim.Adam, loss: Callable[[dict[str, Tensor]], Tensor], steps: int,
+           mean: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """theta^K (eq. 7): what K = ``steps`` more steps of its ``adam`` on ``loss`` would make of any discriminator.
+
+    The result, like what ``loss`` is called with once per step, is for functional_call(discriminator, theta, (x,)). It
+    is differentiable in all that ``loss`` depends on, such as G(z). The discriminator and ``adam`` do not change. Where
+    ranks share a batch, ``mean`` replaces a gradient by its mean over them, differentiably. Raises ValueError unless
+    ``adam`` is a plain Adam, of rates, betas and eps alone, with one group that holds all of the parameters.
+    """
+    group, *others = adam.param_groups
+    if others or not isinstance(adam, torch.optim.Adam):
+        raise ValueError("the optimiser is not an Adam with one group of parameters")
+    if extras := [name for name in ("weight_decay", "amsgrad", "maximize") if group[name]]:
+        raise ValueError(f"an Adam with {' and '.join(extras)} cannot be unrolled")
+    parameters = {name: p for name, p in discriminator.named_parameters() if p.requires_grad}
+    if not set(parameters.values()) <= set(group["params"]):
+        raise ValueError("the optimiser does not hold all of the discriminator's parameters")
+    if steps == 0:
+        return parameters
+
+    # All parameters lie end to end in one vector, on which a step of Adam is a few operations.
+    def flat(name: str) -> Tensor:
+        """What Adam keeps by this name for each parameter; 0 where it has kept nothing yet."""
+        kept = [adam.state.get(p, {}).get(name, torch.zeros(())) for p in parameters.values()]
+        return torch.cat([value.to(p).expand_as(p).flatten() for value, p in zip(kept, parameters.values())])
+
+    def views(vector: Tensor) -> dict[str, Tensor]:
+        parts = vector.split([p.numel() for p in parameters.values()])
+        return {name: part.view_as(p) for part, (name, p) in zip(parts, parameters.items())}
+
+    (beta1, beta2), t, m, v = group["betas"], flat("step"), flat("exp_avg"), flat("exp_avg_sq")
+    power1, power2 = beta1**t, beta2**t
+    theta = torch.cat([p.detach().flatten() for p in parameters.values()]).requires_grad_()
+    for _ in range(steps):
+        (g,) = torch.autograd.grad(loss(views(theta)), theta, create_graph=True)
+        g = g if mean is None else mean(g)
+        power1, power2 = beta1 * power1, beta2 * power2
+        m = torch.lerp(g, m, beta1)
+        v = torch.addcmul(beta2 * v, g, g, value=1 - beta2)
         # The derivative of a square root is infinite at 0, where a dead unit's v is. 1e-36 is nothing beside eps.
-        root = v.clamp(min=1e-36).sqrt() / (1 - betas[1] ** t).sqrt()
-        theta = theta - lr / (1 - betas[0] ** t) * m / (root + eps)
-    return theta
+        root = (v.clamp(min=1e-36) / (1 - power2)).sqrt()
+        theta = theta - group["lr"] / (1 - power1) * m / (root + group["eps"])
+    return views(theta)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -203,21 +164,23 @@ MODE_STD = {"ring": 0.02, "grid": 0.05}
 def mixture(kind: str, prior_std: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Means [M, 2] and weights [M] of the ring (radius 2) or the grid (spacing 2) of Gaussians.
 
-    The weights are positive, sum to 1 and have just the population standard deviation ``prior_std``: they are a softmax
-    of normals from ``seed``, whose temperature is solved for. Raises ValueError where there are none.
+    The weights are positive, sum to 1 and have exactly the population standard deviation ``prior_std``: they are a
+    softmax of normals from ``seed``, whose temperature is solved for. Raises ValueError where there are none.
     """
+    if kind not in MODE_STD:
+        raise ValueError(f"unknown kind {kind!r}; accepted: {', '.join(MODE_STD)}")
     angle, line = torch.arange(8) * (2 * math.pi / 8), torch.arange(-4.0, 5.0, 2.0)
     means = torch.stack([2 * angle.cos(), 2 * angle.sin()], 1) if kind == "ring" else torch.cartesian_prod(line, line)
     normals = torch.randn(len(means), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     low, high = 0.0, 1e4
-    for _ in range(100):  # halve: the spread grows with the inverse temperature
+    for _ in range(100):  # bisection: the spread grows with the inverse temperature
         middle = (low + high) / 2
         weights = ((normals * middle).softmax(0) + 1e-6) / (1 + 1e-6 * len(means))  # none vanishes
         low, high = (middle, high) if weights.std(correction=0) < prior_std else (low, middle)
     weights = weights.to(means.dtype)
     if weights.min() <= 0 or abs(weights.std(correction=0) - prior_std) > 1e-6:
         most = math.sqrt(len(means) - 1) / len(means)
-        raise ValueError(f"--prior-std {prior_std}: {len(means)} positive weights have less than {most:.3f}")
+        raise ValueError(f"prior_std {prior_std}: that of {len(means)} positive weights is less than {most:.3f}")
     return means, weights
 
 
@@ -228,284 +191,57 @@ def draw(means: Tensor, weights: Tensor, std: float, count: int) -> Tensor:
 
 
 def mode_statistics(samples: Tensor, means: Tensor, std: float, weights: Tensor) -> dict[str, float]:
-    """How samples [N, 2] spread over the mixture. A mode counts if it has N / 128 of them (20 of 2,560) or more,
+    """How samples [N, 2] spread over the mixture.
 
-    ``covered``: within 3 std of it; ``reached``: nearer than a quarter of the way to the next mode. ``quality`` is the
-    share of samples within 3 std of any mode, ``kl`` KL(h || weights) with h the shares of samples by nearest mode.
+    ``covered``, ``reached``: modes with N / 128 samples (20 of 2,560) or more, within 3 std of the mean, or nearer than
+    a quarter of the way to the next one. ``modes``: modes with one sample within 3 std, and ``quality``: the share of
+    samples within 3 std of any mode, both as VEEGAN and PacGAN count. ``kl``: KL(h || weights), where h are the shares
+    of the samples by nearest mode.
     """
     distances = torch.cdist(samples, means)
-    quarter = torch.pdist(means).min() / 4
-    enough = lambda near: int((near.sum(0) * 128 >= len(samples)).sum())
+    close, near = distances < 3 * std, distances < torch.pdist(means).min() / 4
     shares = torch.bincount(distances.argmin(1), minlength=len(means)) / len(samples)
-    return dict(covered=enough(distances < 3 * std), reached=enough(distances < quarter),
-                quality=(distances < 3 * std).any(1).double().mean().item(),
+    return dict(covered=int((close.sum(0) >= len(samples) / 128).sum()),
+                reached=int((near.sum(0) >= len(samples) / 128).sum()),
+                modes=int(close.any(0).sum()),
+                quality=close.any(1).double().mean().item(),
                 kl=(torch.xlogy(shares, shares) - torch.xlogy(shares, weights)).sum().item())
 
 
-# ---- plumbing: the same text in all four scripts; it knows nothing of GANs ------------------------------------------
-
-SCRIPT = Path(__file__).stem
-ACTIONS = {"resume", "sample", "interpolate", "embed"}
-MAY_CHANGE = {"steps", "data_root", "device", "no_graph", "log_every", "sample_every", "save_every", "keep", "out"}
-
-
-def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
-    """An argparse type: a number of this kind, from low to high."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        name = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low:g} to {high:g}")
-
-    return parse
-
-
-def settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The command line's settings; a resumed run's are its saved ones, of which only MAY_CHANGE can be given anew."""
-    args = parser.parse_args(argv)
-    if args.checkpoint and not any(getattr(args, action, None) for action in ACTIONS):
-        choice = ", ".join(f"--{action}" for action in sorted(ACTIONS) if hasattr(args, action))
-        parser.error(f"argument --checkpoint: goes with one of {choice}")
-    if not args.resume:
-        if args.out and os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
-            parser.error(f"argument --out: {args.out} is not empty; name a new folder, or --resume the run in it")
-        return args
-    try:
-        checkpoint = find_checkpoint(args)
-        saved = read_checkpoint(checkpoint)["config"]
-    except (ValueError, OSError) as error:
-        parser.error(f"argument --resume: {error}")
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    for name, value in saved.items():
-        new = getattr(args, name)
-        if new != value and name not in MAY_CHANGE or name == "steps" and new < value:
-            parser.error(f"argument --{name.replace('_', '-')}: the run has {value}, and cannot go on with {new}")
-    args.out, args.checkpoint = str(checkpoint.parent), str(checkpoint)
-    return args
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path:
-    """--checkpoint, or with --resume that of --out, or else the newest run's. Raises OSError."""
-    if args.checkpoint or args.resume and args.out:
-        return Path(args.checkpoint or Path(args.out, "checkpoint.pt"))
-    runs = Path("runs").glob(f"{SCRIPT}-*/checkpoint.pt")
-    with contextlib.suppress(ValueError):
-        return max(runs, key=lambda path: path.stat().st_mtime)
-    raise FileNotFoundError(f"no run of {SCRIPT}.py in {Path('runs').absolute()}; name one by --checkpoint")
-
-
-def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """A checkpoint's content: script, config, state, random numbers. Raises OSError, or ValueError for other files."""
-    open(path, "rb").close()  # raises OSError where there is no such file
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch raise, OSError among it
-        raise ValueError(f"{path} is not a checkpoint that can be read") from error
-    if not isinstance(content, dict) or content.get("script") != SCRIPT:
-        raise ValueError(f"{path} is not a checkpoint of {SCRIPT}.py")
-    return content
-
-
-def new_folder(stem: str | Path) -> Path:
-    """Makes the first of stem-001, stem-002, ... that is not there yet."""
-    for count in itertools.count(1):
-        with contextlib.suppress(FileExistsError):
-            folder = Path(f"{stem}-{count:03d}")
-            folder.mkdir(parents=True)
-            return folder
-
-
-def in_turn(load: Callable[[], Tensor]) -> Tensor:
-    """Loads on rank 0 first, so that it alone downloads and builds caches."""
-    rank, world = ranks()
-    if rank > 0:
-        dist.barrier()
-    data = load()
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return data
-
-
-def start(args: argparse.Namespace) -> torch.device:
-    """Joins the ranks that torchrun has started, if any; seeds; returns the device. Raises ValueError."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = torch.device(args.device if args.device != "auto" else next(kind for kind in found if found[kind]))
-    if not found[device.type]:
-        raise ValueError(f"--device {args.device}: this machine has none; accepted: auto, cpu")
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
-    if args.batch_size % ranks()[1]:
-        raise ValueError(f"--batch-size {args.batch_size}: accepted are multiples of the {ranks()[1]} ranks")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 for matrix products, as convolutions have it by default
-    torch.manual_seed(args.seed)  # alike on every rank: the same weights and the same global batches
-    return device
-
-
-def ranks() -> tuple[int, int]:
-    """This process's rank and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def mine(batch: Tensor) -> Tensor:
-    """This rank's share of a global batch. All ranks draw it alike, so that one process and N train the same."""
-    return batch.chunk(ranks()[1])[ranks()[0]]
-
-
-def average(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Means over the ranks, by one all-reduce of all the tensors laid end to end."""
-    tensors = list(tensors)
-    if ranks()[1] == 1:
-        return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    parts = (flat / ranks()[1]).split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
-
-
-def update(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> None:
-    """One step of the optimiser by these gradients, averaged over the ranks, and by nothing left over from before."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter, gradient in zip(parameters, average(gradients), strict=True):
-        same = gradient.stride() == parameter.stride()  # fused Adam takes one memory layout for granted
-        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
-    optimizer.step()
-
-
-def replays(step: Callable[[], dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Runs a step as a CUDA graph: three eager steps to warm up, one capture, and from then on its replays."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    for _ in range(3):  # on the stream of the capture, so that the libraries are set up for it
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            values = step()
-        torch.cuda.current_stream().wait_stream(stream)
-        yield values
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # records, runs nothing
-        values = step()
-    while True:
-        graph.replay()
-        yield values
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Notes Ctrl-C and SIGTERM in the list it yields, to be looked at between steps; a second one stops at once."""
-    stops: list[int] = []
-
-    def note(kind: int, _: object) -> None:
-        if stops:
-            raise KeyboardInterrupt
-        stops.append(kind)
-
-    handlers = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stops
-    finally:
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
-
-
-def save(folder: Path, state: dict, config: dict) -> None:
-    """Writes checkpoint.pt whole or not at all: to a temporary file, then renamed. --keep adds a numbered copy."""
-    content = {"script": SCRIPT, "config": config, "rng": torch.get_rng_state()}
-    content["cuda_rng"] = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    content["state"] = {name: item if isinstance(item, Tensor) else item.state_dict() for name, item in state.items()}
-    with open(folder / "checkpoint.tmp", "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if config["keep"]:
-        shutil.copyfile(file.name, folder / f"checkpoint-{int(state['step']):06d}.pt")
-    os.replace(file.name, folder / "checkpoint.pt")
-
-
-def restore(path: str, state: dict, device: torch.device) -> None:
-    """Puts a checkpoint into ``state``, in place, and sets the random numbers back to where they were."""
-    content = read_checkpoint(path, device)
-    for name, item in state.items():
-        if isinstance(item, Tensor):
-            item.copy_(content["state"][name])
-            continue
-        rates = [group["lr"] for group in getattr(item, "param_groups", [])]
-        item.load_state_dict(content["state"][name])
-        for rate, group in zip(rates, getattr(item, "param_groups", [])):
-            group["lr"] = rate  # an optimiser loads a copy, but the step changes the tensor in ``state``
-    torch.set_rng_state(content["rng"].cpu())
-    if device.type == "cuda" and content["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(content["cuda_rng"].cpu())
-
-
-def loop(args: argparse.Namespace, state: dict, device: torch.device, step: Callable[[], dict[str, Tensor]],
-         refill: Callable[[], None], measure: Callable[[dict], dict], dump: Callable[[Path, int], None]) -> Path:
-    """Runs ``step`` up to --steps; returns the run's folder. Raises FloatingPointError, and SystemExit after Ctrl-C.
-
-    The host reads numbers back once every --log-every steps: their means, so that a non-finite value at any step
-    shows. Only after that look does rank 0 write a row, with what ``measure`` adds, pictures and checkpoints.
-    """
-    rank, world = ranks()
-    if args.resume:
-        restore(args.checkpoint, state, device)
-    elif rank == 0:
-        args.out = args.out or str(new_folder(Path("runs", SCRIPT)))
-    folder, first = Path(args.out or ""), int(state["step"])
-    config = {name: value for name, value in vars(args).items() if name not in ACTIONS | {"checkpoint"}}
-    table = folder / "metrics.csv"
-    if rank == 0:
-        print(f"{SCRIPT}: {folder}, step {first} to {args.steps}, {device}, {world} rank(s)", flush=True)
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
-        if not first:
-            save(folder, state, config)
-            dump(folder, 0)
-        elif table.exists():  # what came after the checkpoint will come again
-            header, *rows = table.read_text().splitlines(True)
-            rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) <= first]
-            table.write_text(header + "".join(rows))
-    run = iter(step, None) if args.no_graph or device.type != "cuda" else replays(step)
-    sums, last, clock = 0, first, time.perf_counter()
-    with interruptible() as stops:
-        for now in range(first + 1, args.steps + 1):
-            refill()
-            values = next(run)
-            sums = sums + torch.stack(list(values.values()))
-            if now % args.log_every and now < args.steps:
-                continue
-            row = dict(zip(values, (sums / (now - last)).tolist()))
-            show = lambda: "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-            if not all(map(math.isfinite, row.values())):
-                raise FloatingPointError(f"step {now}: {show()}; the last good checkpoint is {folder}/checkpoint.pt")
-            stop = bool(average([torch.tensor(float(len(stops)), device=device)])[0])  # all ranks stop at one step
-            state["step"].fill_(now)
-            if rank == 0:
-                row |= measure(row)
-                seconds = time.perf_counter() - clock
-                with open(table, "a") as file:
-                    if file.tell() == 0:
-                        print("step", *row, "seconds", sep=",", file=file)
-                    print(now, *(f"{value:.6g}" for value in row.values()), f"{seconds:.1f}", sep=",", file=file)
-                pace = (now - first) / seconds
-                left = (args.steps - now) / pace
-                print(f"{now}/{args.steps}  {show()}  {pace:.1f} steps/s  {left:.0f} s left", flush=True)
-                due = lambda every: now // every > last // every or now == args.steps or stop
-                if due(args.sample_every):
-                    dump(folder, now)
-                if due(args.save_every):
-                    save(folder, state, config)
-            if stop:
-                message = f"stopped at step {now}; to go on: python {SCRIPT}.py --resume --out {folder}"
-                raise SystemExit(message if rank == 0 else 1)
-            sums, last = 0, now
-    if world > 1:
-        dist.barrier()  # ranks leave together: gloo may abort one that goes first
-    return folder
-
-
 # ---- training -------------------------------------------------------------------------------------------------------
+
+METRICS = ("loss_d", "loss_g", "unroll_gain")  # L_D, L_G, f(G, theta^K) - f(G, theta)
+MODE_PANELS = [("covered", "reached", "modes", "coverable"), ("quality",), ("kl",)]
+PANELS = [("loss_d", "loss_g"), ("unroll_gain",)]
+
+
+class Mean(torch.autograd.Function):
+    """The mean over the ranks of a tensor and, in the backward pass, of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        mean = x.clone()
+        average([mean])
+        return mean
+
+    backward = forward
+
+
+def target(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """Means [M, 2], weights [M] and standard deviation of --data. The points of a file are M modes of width 0."""
+    if args.data in MODE_STD:
+        means, weights = mixture(args.data, args.prior_std, args.seed)
+        return means.to(device), weights.to(device), MODE_STD[args.data]
+    try:
+        points = torch.from_numpy(np.load(args.data).astype(np.float32))
+    except Exception:  # whatever another file makes numpy raise
+        points = torch.empty(0)
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) == 0 or not points.isfinite().all():
+        raise ValueError(f"argument --data: {args.data!r}: choose from ring, grid, "
+                         "or a .npy file with an array [N, 2] of finite numbers")
+    if args.prior_std > 0:
+        raise ValueError("argument --prior-std: goes with --data ring or grid")
+    return points.to(device), torch.full((len(points),), 1 / len(points), device=device), 0.0
 
 
 def build(network: type[nn.Module], config: dict) -> nn.Module:
@@ -516,105 +252,275 @@ def build(network: type[nn.Module], config: dict) -> nn.Module:
     return Discriminator(config["width"], config["d_layers"], *rest)
 
 
+def save_strip(frames: list[Path], real: Image.Image, path: Path) -> None:
+    """Up to eight of the sample pictures, evenly along training, and last the data, side by side."""
+    shown = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 7) for k in range(8)})]
+    titles = [f"step {int(frame.stem):,}" for frame in shown]
+    common.save_panels([*map(Image.open, shown), real], [*titles, "data"], path)
+
+
 def train(args: argparse.Namespace) -> Path:
-    """Trains as the settings of ``parse_arguments`` say; returns the run's folder. Raises ValueError, OSError."""
+    """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
     device = start(args)
-    means, weights = (part.to(device) for part in mixture(args.data, args.prior_std, args.seed))
-    std, extent = MODE_STD[args.data], means.max().item() + 1
+    source = args.checkpoint if args.resume else args.init_from
+    saved = from_rank_0(read_checkpoint, source) if source else {}
+    former = saved["config"]["data"] if args.resume else args.data
+    if args.data != former and not MODE_STD.keys().isdisjoint([args.data, former]):  # but a file may have moved
+        raise ValueError(f"argument --data: the run has {former} and cannot go on with {args.data}")
+    means, weights, std = target(args, device)
     generator, discriminator = build(Generator, vars(args)).to(device), build(Discriminator, vars(args)).to(device)
-    g_parameters, theta = list(generator.parameters()), discriminator.theta
-    adam = dict(betas=(0.5, 0.999), fused=True, capturable=device.type == "cuda")
-    g_optimizer = torch.optim.Adam(g_parameters, lr=args.lr, **adam)
-    d_optimizer = torch.optim.Adam([theta], lr=args.d_lr, **adam)
-    d_optimizer.state[theta] = dict(step=torch.zeros((), device=device, dtype=torch.float32),
-                                    exp_avg=torch.zeros_like(theta), exp_avg_sq=torch.zeros_like(theta))
+    g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
+    adam_g, adam_d = adam(g_parameters, args.lr, args.betas), adam(d_parameters, args.d_lr, args.betas)
     fixed_z = torch.randn(2560, args.latent, device=device)
-    state = dict(generator=generator, discriminator=discriminator, g_optimizer=g_optimizer, d_optimizer=d_optimizer,
-                 fixed_z=fixed_z, step=torch.tensor(0))
+    data, extent = draw(means, weights, std, len(fixed_z)), 1.5 * means.abs().max().item()
+    coverable = mode_statistics(data, means, std, weights)["covered"] if std > 0 else None
+    real, panels = common.density_picture(data, extent), MODE_PANELS + PANELS if std > 0 else PANELS
+    record = common.Record(SCRIPT, vars(args), METRICS, device, means.cpu(), writes=RANK == 0)
+    networks = dict(generator=generator.state_dict(), discriminator=discriminator.state_dict())
+    state = networks | record.state | dict(
+        adam_g=adam_g.state_dict()["state"], adam_d=adam_d.state_dict()["state"], fixed_z=fixed_z)
 
-    def step() -> dict[str, Tensor]:
-        z = mine(torch.randn(args.batch_size, args.latent, device=device))
-        real = inner = mine(draw(means, weights, std, args.batch_size))
-        if args.fresh:
-            inner = draw(means, weights, std, args.batch_size * args.unroll_steps).view(args.batch_size, -1, 2)
-            inner = mine(inner).transpose(0, 1)
+    def logits(theta: dict[str, Tensor], x: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of real and of generated points, in one pass through D with the parameters theta."""
+        return functional_call(discriminator, theta, (torch.cat([x, fake]),)).chunk(2)
+
+    def update() -> Tensor:
+        """One step of D and G, all of it work for the device; returns the METRICS."""
+        z = torch.randn(args.batch_size, args.latent, device=device).chunk(WORLD)[RANK]
+        x = draw(means, weights, std, args.batch_size).chunk(WORLD)[RANK]
         fake = generator(z)
-        logits = discriminator.both(real, fake)
-        d_loss = discriminator_loss(*logits)
-        d_gradient = torch.autograd.grad(d_loss, theta, retain_graph=True)
-        theta_k = unrolled_parameters(theta, d_optimizer.state[theta], inner, fake, args.unroll_steps, discriminator,
-                                      args.d_lr, adam["betas"])
-        logits = discriminator.both(real, fake, theta_k) if args.unroll_steps else logits
-        g_loss = generator_loss(*logits, args.g_loss)
-        g_gradients = torch.autograd.grad(g_loss, g_parameters)
-        update(d_optimizer, d_gradient)
-        update(g_optimizer, g_gradients)
-        gain = d_loss.detach() - discriminator_loss(*logits).detach()  # f(theta^K) - f(theta)
-        return dict(zip(("loss_d", "loss_g", "unroll_gain"), average([d_loss.detach(), g_loss.detach(), gain])))
 
-    data = draw(means, weights, std, len(fixed_z))
-    coverable = mode_statistics(data, means, std, weights)["covered"]
+        def inner_loss(theta_k: dict[str, Tensor]) -> Tensor:
+            """-f(G, theta^k), with --fresh of other real points in every unrolled step."""
+            points = draw(means, weights, std, args.batch_size).chunk(WORLD)[RANK] if args.fresh else x
+            return discriminator_loss(*logits(theta_k, points, fake))
 
-    @torch.no_grad()
-    def measure(row: dict[str, float]) -> dict[str, float]:
-        statistics = mode_statistics(generator(fixed_z), means, std, weights)
-        return dict(covered=statistics.pop("covered"), coverable=coverable) | statistics
+        theta_K = unroll(discriminator, adam_d, inner_loss, args.unroll_steps, Mean.apply if WORLD > 1 else None)
+        now = discriminator(torch.cat([x, fake])).chunk(2)
+        ahead = logits(theta_K, x, fake) if args.unroll_steps else now
+        L_D = discriminator_loss(*now)
+        L_G = generator_loss(*ahead, args.g_loss)
+        adam_d.zero_grad()
+        adam_g.zero_grad()
+        L_D.backward(inputs=d_parameters, retain_graph=True)
+        L_G.backward(inputs=g_parameters)
+        metrics = torch.stack([L_D, L_G, L_D - discriminator_loss(*ahead)]).detach()
+        average([metrics, *(parameter.grad for parameter in g_parameters + d_parameters)])
+        adam_d.step()
+        adam_g.step()
+        return metrics
 
-    @torch.no_grad()
-    def dump(folder: Path, now: int) -> None:
-        picture = common.density_picture(generator(fixed_z), extent)
-        picture.save(folder / f"samples/{now:06d}.png")
-        if now == 0:
-            common.density_picture(data, extent).save(folder / "samples/real.png")
-            return
-        panels = [("covered", "reached", "coverable"), ("quality",), ("kl",), ("loss_d", "loss_g"), ("unroll_gain",)]
-        common.save_chart(folder / "metrics.csv", folder / "curves.png", panels)
-        paths = [path for path in sorted(folder.glob("samples/0*.png")) if int(path.stem) <= now]
-        shown = [paths[round(i * (len(paths) - 1) / 7)] for i in range(8)] if len(paths) > 8 else paths
-        titles = [f"step {int(path.stem):,}" for path in shown] + ["data"]
-        pictures = [Image.open(path) for path in [*shown, folder / "samples/real.png"]]
-        common.save_panels(pictures, titles, folder / "strip.png")
-        if now == args.steps:
-            common.save_gif(paths, folder / "training.gif")
+    def show() -> None:
+        record.show(dict(samples=common.density_picture(generator(fixed_z), extent)), real, panels)
+        with common.only_warn("strip.png"):
+            save_strip(record.frames(), real, record.folder / "strip.png")
 
-    return loop(args, state, device, step, lambda: None, measure, dump)
+    def measure() -> dict[str, float]:
+        """How the samples cover the modes, beside the modes ``coverable`` by as many points of the data."""
+        if std == 0:
+            return {}
+        return mode_statistics(generator(fixed_z), means, std, weights) | dict(coverable=coverable)
+
+    if source:
+        common.fill(state if args.resume else networks, saved["state"], source)
+    results = repeat(update, args.graph and device.type == "cuda")
+    with record, common.stop_requests() as requests:
+        if RANK == 0 and record.first == 0:
+            record.save(state)
+        if RANK == 0 and (record.first % args.sample_every == 0 or record.first == args.steps):
+            show()  # on resume too, in case a kill prevented it
+        for step in range(record.first + 1, args.steps + 1):
+            record.add(step, next(results))
+            stop, last = told_to_stop(requests), step == args.steps
+            if RANK == 0 and (step % args.log_every == 0 or last):
+                record.row(measure())
+                record.warn(common.collapse(record.rows))
+            if RANK == 0 and (step % args.save_every == 0 or last or stop):
+                record.save(state)
+            if RANK == 0 and (step % args.sample_every == 0 or last):
+                show()
+            if stop and not last:
+                raise KeyboardInterrupt(f"stopped at step {step}; to go on: {SCRIPT}.py --resume --out {record.folder}")
+    return record.folder
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
-    """A checkpoint's trained generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = read_checkpoint(path, device)
-    generator = build(Generator, content["config"]).to(device)
-    generator.load_state_dict(content["state"]["generator"])
-    return generator.eval().requires_grad_(False), content["config"]
+    """A checkpoint's generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
+    content = read_checkpoint(path)
+    generator = build(Generator, content["config"])
+    common.fill({"generator": generator.state_dict()}, content["state"], path)
+    return generator.to(device).eval().requires_grad_(False), content["config"]
 
 
 def sample(args: argparse.Namespace) -> Path:
     """--sample N: N points, in a new folder's samples.npy [N, 2]."""
-    device, checkpoint = start(args), find_checkpoint(args)
-    generator, config = load_generator(checkpoint, device)
-    folder = Path(args.out) if args.out else new_folder(checkpoint.parent / "sample")
-    folder.mkdir(parents=True, exist_ok=True)
+    device = start(args)
+    generator, config = load_generator(args.checkpoint, device)
+    folder = Path(args.out or common.next_folder(Path(args.checkpoint).parent / "sample"))
     counts = [min(4096, args.sample - first) for first in range(0, args.sample, 4096)]
     points = [generator(torch.randn(count, config["latent"]).to(device)).cpu() for count in counts]
-    np.save(folder / "samples.npy", torch.cat(points).numpy())
+    with common.atomic_write(folder / "samples.npy") as file:
+        np.save(file, torch.cat(points).numpy())
     return folder
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags, each with its check."""
+    number, switch = common.number, argparse.BooleanOptionalAction
+    parser = common.Parser(SCRIPT, __doc__.split("\n")[0])
+    add = parser.add_argument_group("Unrolled GAN").add_argument
+    add("--data", type=common.filled, default="ring", help="ring, grid, or a .npy file of your own points [N, 2]")
+    add("--prior-std", type=number(float, 0, 1), default=0.0, help="standard deviation of the mixture's weights")
+    add("--batch-size", type=number(int, 1, 1e6), default=512, help="points per batch, over all ranks")
+    add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
+    add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, generator")
+    add("--d-lr", type=number(float, 1e-9, 1), default=3e-4, help="Adam's learning rate, discriminator")
+    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], help="Adam's decay rates")
+    add("--unroll-steps", type=number(int, 0, 1000), default=10, help="the paper's K; 0: the plain GAN")
+    add("--g-loss", choices=("saddle", "nonsaturating"), default="nonsaturating", help="f_K, or -E log D(G(z))")
+    add("--fresh", action=switch, default=False, help="new real points for every unrolled step, not one batch for all")
+    add("--activation", choices=("relu", "tanh"), default="tanh", help="non-linearity of the generator")
+    add("--d-activation", choices=("relu", "tanh"), default="relu", help="non-linearity of the discriminator")
+    add("--d-layers", type=number(int, 1, 9), default=2, help="hidden layers of the discriminator; paper: 1")
+    add("--gain", type=number(float, 0, 9), default=0.8, help="of the orthogonal initial weights; 0: PyTorch's own")
+    add("--input-scale", type=number(float, 1e-3, 1e6), default=1.0, help="D sees x / this; paper: 4")
+    add("--width", type=number(int, 1, 65536), default=128, help="units of a hidden layer, both networks")
+    add("--latent", type=number(int, 1, 65536), default=256, help="length of z")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    args = parse_arguments(argv)
-    try:
-        folder = (sample if args.sample else train)(args)
-        if ranks()[0] == 0:
+    with common.one_line_errors(SCRIPT), ranks():
+        args = from_rank_0(settings, argv)
+        use = sample if args.sample else train
+        folder = use(args) if use is train or RANK == 0 else None
+        if RANK == 0:
             print(f"{SCRIPT}: all is in {folder}")
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{SCRIPT}.py: error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+# ---- runs: the same text in all four scripts ------------------------------------------------------------------------
+
+RANK, WORLD, LAUNCHER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
+MAY_CHANGE = ("steps", "data", "data_root", "device", "graph", "log_every", "sample_every", "save_every", "keep", "out")
+
+
+def settings(argv: list[str] | None = None) -> argparse.Namespace:
+    """The checked command line; with --resume the run's saved settings, of which only MAY_CHANGE can be given anew."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    if not args.resume:
+        return args
+    path, saved = args.checkpoint, read_checkpoint(args.checkpoint)["config"]
+    args = parser().parse_args([*common.as_flags(saved), *argv])
+    args.checkpoint, args.out = path, os.path.dirname(path) or "."
+    for name, value in saved.items():
+        new = getattr(args, name)
+        if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
+            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot go on with {new}")
+    return args
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's config, checked as flags are, and its state. Raises OSError; ValueError for other files."""
+    content = common.load_checkpoint(path)
+    try:
+        if content["script"] != SCRIPT:
+            raise ValueError(f"it is not one of {SCRIPT}.py")
+        parser().check_saved(content["config"])
+    except ValueError as error:
+        raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
+    return content
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[None]:
+    """Join the ranks that torchrun started, if any."""
+    if WORLD > 1:
+        dist.init_process_group(timeout=datetime.timedelta(minutes=30))
+    yield
+    if WORLD > 1:
+        dist.barrier()  # gloo may abort a rank when another leaves before it
+        dist.destroy_process_group()
+
+
+def from_rank_0(make: Callable, *inputs: object) -> object:
+    """make(*inputs), made on rank 0, which alone may have the files, and sent to the other ranks."""
+    result = [make(*inputs) if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Put the means over the ranks in the tensors' places, by one all-reduce of all of them laid end to end."""
+    if WORLD > 1:
+        tensors = list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, mean in zip(tensors, (flat / WORLD).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def told_to_stop(requests: list[int]) -> bool:
+    """Whether any rank has been asked to stop or has lost its launcher; all ranks get the same answer."""
+    asked = torch.tensor(float(len(requests) > 0 or WORLD > 1 and os.getppid() != LAUNCHER))
+    average([asked])
+    return asked.item() > 0
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Seed, and choose the device and, where it is "auto", the precision. Raises ValueError."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = torch.device(args.device if args.device != "auto" else next(kind for kind in found if found[kind]))
+    if not found[device.type]:
+        raise ValueError(f"argument --device: this machine has no {args.device}; accepted: auto, cpu")
+    if args.batch_size % WORLD:
+        raise ValueError(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
+    if vars(args).get("precision") == "auto":
+        args.precision = "bf16" if common.has_bf16(device) else "fp32"
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_stream(torch.cuda.Stream())  # a step is captured on the stream that has warmed it up
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 for matrix products, as convolutions have it by default
+    torch.manual_seed(args.seed)  # alike on every rank: the same weights and the same global batches
+    return device
+
+
+def adam(parameters: list[nn.Parameter], lr: float | Tensor, betas: list[float]) -> torch.optim.Adam:
+    """Adam whose moments exist from the start, so that all checkpoints hold the same tensors."""
+    device = parameters[0].device
+    optimizer = torch.optim.Adam(parameters, lr, tuple(betas), fused=True, capturable=device.type == "cuda")
+    for p in parameters:
+        step = torch.zeros((), device=device, dtype=torch.float32)
+        optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return optimizer
+
+
+def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
+    """Results of update(), for ever; with ``graph`` its first three warm up and the others replay one CUDA graph."""
+    for _ in range(3):
+        yield update()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                result = update()  # recorded, not run
+        except RuntimeError as error:
+            print(f"{SCRIPT}: no CUDA graph, but eager steps: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            while True:
+                captured.replay()
+                yield result
+    while True:
+        yield update()
 
 
 if __name__ == "__main__":

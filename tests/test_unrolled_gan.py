@@ -1,15 +1,19 @@
 """Unrolled GAN's gradients against finite differences and torch's Adam, and its mixtures against loops."""
 
+import copy
+import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import unrolled_gan
-from conftest import TINY, load, rows
+from conftest import TINY, flat, load, rows, run
 from PIL import Image
+from torch.func import functional_call
 
 DOUBLE = dict(dtype=torch.float64)
 
@@ -24,23 +28,41 @@ def networks(activation: str = "tanh", layers: int = 2):
     return generator, unrolled_gan.Discriminator(6, layers, activation, gain=1.2)
 
 
-def warm(discriminator) -> dict[str, torch.Tensor]:
-    """Moments as after some steps of Adam."""
-    theta = discriminator.theta
-    exp_avg, exp_avg_sq = 0.01 * torch.randn_like(theta), 1e-3 * (0.1 + torch.rand_like(theta))
-    return dict(step=torch.tensor(7.0), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+def adam_of(discriminator, start: str = "warm", lr: float | torch.Tensor = 0.05, **settings) -> torch.optim.Adam:
+    """D's optimiser; warm: with moments as after some steps, of different numbers for different parameters."""
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr, **{"betas": (0.5, 0.999)} | settings)
+    for count, p in enumerate(discriminator.parameters() if start == "warm" else ()):
+        exp_avg, exp_avg_sq = 0.01 * torch.randn_like(p), 1e-3 * (0.1 + torch.rand_like(p))
+        optimizer.state[p] = dict(step=torch.tensor(7.0 + count), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    return optimizer
 
 
-def cold(discriminator) -> dict[str, torch.Tensor]:
-    theta = discriminator.theta
-    return dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(theta), exp_avg_sq=torch.zeros_like(theta))
+def unrolled_loss(generator, discriminator, adam, z, real, steps, kind, fresh=None, first_order=False):
+    """L_G, whose inner steps see ``real`` or one of ``fresh`` each."""
+    fake, inner = generator(z), iter(itertools.repeat(real) if fresh is None else fresh)
+
+    def loss(theta):
+        return unrolled_gan.discriminator_loss(*logits(discriminator, theta, next(inner), fake))
+
+    theta = unrolled_gan.unroll(discriminator, adam, loss, steps)
+    theta = {name: value.detach() for name, value in theta.items()} if first_order else theta
+    return unrolled_gan.generator_loss(*logits(discriminator, theta, real, fake), kind)
 
 
-def unrolled_loss(generator, discriminator, moments, z, real, steps, kind, fresh=None):
-    fake = generator(z)
-    inner = real if fresh is None else fresh
-    theta = unrolled_gan.unrolled_parameters(discriminator.theta, moments, inner, fake, steps, discriminator, lr=0.05)
-    return unrolled_gan.generator_loss(*discriminator.both(real, fake, theta), kind)
+def logits(discriminator, theta, *points):
+    return [functional_call(discriminator, theta, (x,)) for x in points]
+
+
+def real_steps(discriminator, adam, loss, steps):
+    """The parameters after real steps of a copy of Adam on a copy of D; ``loss(network, k)``."""
+    network = copy.deepcopy(discriminator)
+    optimizer = torch.optim.Adam(network.parameters())
+    optimizer.load_state_dict(copy.deepcopy(adam.state_dict()))
+    for k in range(steps):
+        optimizer.zero_grad()
+        loss(network, k).backward()
+        optimizer.step()
+    return dict(network.named_parameters())
 
 
 def differences(loss, parameters, h=1e-5) -> torch.Tensor:
@@ -61,79 +83,199 @@ def differences(loss, parameters, h=1e-5) -> torch.Tensor:
 @pytest.mark.parametrize("steps", (1, 3, 5))
 def test_gradient_through_the_unrolled_steps_is_that_of_finite_differences(steps, kind, double):
     generator, discriminator = networks()
-    moments, z, real = warm(discriminator), torch.randn(7, 3), torch.randn(7, 2)
+    adam, z, real = adam_of(discriminator), torch.randn(7, 3), torch.randn(7, 2)
     fresh = torch.randn(steps, 7, 2) if steps == 3 else None
-    loss = lambda: unrolled_loss(generator, discriminator, moments, z, real, steps, kind, fresh)
+    arguments = generator, discriminator, adam, z, real, steps, kind, fresh
+
+    def after_real_steps():
+        """L_G after K steps of torch's own Adam, of which nothing knows how it depends on G."""
+        fake = generator(z).detach()
+
+        def loss(network, k):
+            x = real if fresh is None else fresh[k]
+            return unrolled_gan.discriminator_loss(network(x), network(fake))
+
+        theta = real_steps(discriminator, adam, loss, steps)
+        return unrolled_gan.generator_loss(*logits(discriminator, theta, real, fake), kind)
+
     parameters = list(generator.parameters())
-    got = torch.cat([g.flatten() for g in torch.autograd.grad(loss(), parameters)])
-    want = differences(loss, parameters, h=2e-4)
+    got = torch.cat([g.flatten() for g in torch.autograd.grad(unrolled_loss(*arguments), parameters)])
+    want = differences(after_real_steps, parameters, h=2e-4)
     assert (got - want).norm() < 1e-6 * want.norm()
     assert (got - want).abs().max() < 1e-6 * want.abs().max()
-    fake = generator(z)  # the first order: theta^K as if it did not depend on G
-    inner = real if fresh is None else fresh
-    theta = unrolled_gan.unrolled_parameters(discriminator.theta, moments, inner, fake, steps, discriminator, lr=0.05)
-    loss = unrolled_gan.generator_loss(*discriminator.both(real, fake, theta.detach()), kind)
-    first = torch.autograd.grad(loss, parameters)
-    first = torch.cat([g.flatten() for g in first])
+    first = torch.autograd.grad(unrolled_loss(*arguments, first_order=True), parameters)
+    first = torch.cat([g.flatten() for g in first])  # as if theta^K did not depend on G
     assert (first - want).norm() > 0.02 * want.norm()
 
 
 def test_the_real_term_of_the_saddle_has_a_gradient(double):
     generator, discriminator = networks()
-    z, real, moments = torch.randn(7, 3), torch.randn(7, 2), warm(discriminator)
+    z, real = torch.randn(7, 3), torch.randn(7, 2)
     fake = generator(z)
-    theta = unrolled_gan.unrolled_parameters(discriminator.theta, moments, real, fake, 3, discriminator, lr=0.05)
-    real_term = F.logsigmoid(discriminator(real, theta)).mean()
+    theta = unrolled_gan.unroll(discriminator, adam_of(discriminator), lambda theta: unrolled_gan.discriminator_loss(
+        *logits(discriminator, theta, real, fake)), 3)
+    real_term = F.logsigmoid(functional_call(discriminator, theta, (real,))).mean()
     assert all(g.abs().max() > 1e-6 for g in torch.autograd.grad(real_term, list(generator.parameters())))
 
 
-@pytest.mark.parametrize("start", (cold, warm))
-@pytest.mark.parametrize("activation, layers", [("relu", 2), ("tanh", 1)])
-def test_unrolled_adam_is_torchs_step_for_step(start, activation, layers, double):
-    generator, discriminator = networks(activation, layers)
-    moments, reals, fake = start(discriminator), torch.randn(6, 7, 2), torch.randn(7, 2)
-    twin = unrolled_gan.Discriminator(6, layers, activation)
-    twin.load_state_dict(discriminator.state_dict())
-    optimizer = torch.optim.Adam([twin.theta], lr=0.01, betas=(0.5, 0.999))
-    optimizer.state[twin.theta] = {name: value.clone() for name, value in moments.items()}
-    for steps in range(1, 7):
-        logits = twin(reals[steps - 1]), twin(fake)
-        loss = -torch.sigmoid(logits[0]).log().mean() - (1 - torch.sigmoid(logits[1])).log().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        got = unrolled_gan.unrolled_parameters(discriminator.theta, moments, reals[:steps], fake, steps, discriminator,
-                                               lr=0.01, betas=(0.5, 0.999))
-        assert torch.allclose(got, twin.theta, rtol=1e-6, atol=1e-9), steps
-        assert (got - discriminator.theta).abs().max() > 1e-3
+def convolutional():
+    """A discriminator of images [N, 2, 8, 8], with one parameter that is a scalar, in channels_last."""
+    class Scale(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.tensor(1.3))
+
+        def forward(self, x):
+            return self.factor * x
+
+    layers = [Scale(), torch.nn.Conv2d(2, 3, 3, 2), torch.nn.LeakyReLU(0.2), torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh(),
+              torch.nn.Flatten(), torch.nn.Linear(4, 1)]
+    return torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("start", ("cold", "warm", "some"))
+@pytest.mark.parametrize("network", ("relu 2", "tanh 1", "images"))
+@pytest.mark.parametrize("settings", ({}, {"lr": torch.tensor(0.03, **DOUBLE), "betas": (0.8, 0.9), "eps": 1e-3}))
+def test_unrolled_adam_is_torchs_step_for_step(network, start, settings, double):
+    shape = (2, 8, 8) if network == "images" else (2,)
+    discriminator = convolutional() if network == "images" else networks(network[:4], int(network[-1]))[1]
+    adam = adam_of(discriminator, start.replace("some", "warm"), **settings)
+    if start == "some":  # as after a new layer: the others go on where they are
+        del adam.state[list(discriminator.parameters())[2]]
+    before = copy.deepcopy((discriminator.state_dict(), adam.state_dict()))
+    reals, fake = torch.randn(6, 5, *shape), torch.randn(5, *shape)
+    for steps in range(7):
+        inner = iter(reals)
+        want = real_steps(discriminator, adam, lambda network, k: unrolled_gan.discriminator_loss(
+            network(reals[k]), network(fake)), steps)
+        got = unrolled_gan.unroll(discriminator, adam, lambda theta: unrolled_gan.discriminator_loss(
+            *logits(discriminator, theta, next(inner), fake)), steps)
+        assert got.keys() == want.keys() and len(list(inner)) == 6 - steps  # the loss is called once a step
+        for name, value in want.items():
+            assert torch.allclose(got[name], value, rtol=1e-9, atol=1e-12), (steps, name)
+    assert all((got[name] - value).abs().max() > 1e-3 for name, value in before[0].items())
+    assert_equal((discriminator.state_dict(), adam.state_dict()), before)
+
+
+def assert_equal(one, two):
+    one, two = flat(one), flat(two)
+    assert one.keys() == two.keys()
+    for path, leaf in one.items():
+        assert torch.equal(leaf, two[path]) if isinstance(leaf, torch.Tensor) else leaf == two[path], path
+
+
+def test_gradient_for_images_is_that_of_finite_differences(double):
+    discriminator, real, fake = convolutional(), torch.randn(3, 2, 8, 8), torch.nn.Parameter(torch.randn(3, 2, 8, 8))
+    adam = adam_of(discriminator, lr=0.02)
+    theta = unrolled_gan.unroll(discriminator, adam, lambda theta: unrolled_gan.discriminator_loss(
+        *logits(discriminator, theta, real, fake)), 3)
+    (got,) = torch.autograd.grad(unrolled_gan.generator_loss(*logits(discriminator, theta, real, fake)), fake)
+    indices, h = torch.randperm(fake.numel())[:25].tolist(), 1e-4
+
+    def after_real_steps():
+        theta = real_steps(discriminator, adam, lambda network, k: unrolled_gan.discriminator_loss(
+            network(real), network(fake.detach())), 3)
+        return unrolled_gan.generator_loss(*logits(discriminator, theta, real, fake)).item()
+
+    for index in indices:
+        place = np.unravel_index(index, fake.shape)
+        values = []
+        for shift in (h, -2 * h):
+            fake.data[place] += shift
+            values.append(after_real_steps())
+        fake.data[place] += h
+        assert got[place].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-4, abs=1e-8)
+
+
+def test_no_steps_are_the_parameters_themselves():
+    _, discriminator = networks()
+    theta = unrolled_gan.unroll(discriminator, adam_of(discriminator), None, 0)
+    assert all(theta[name] is p for name, p in discriminator.named_parameters()) and len(theta) == 6
+
+
+def test_frozen_parameters_stay_and_a_shared_adam_serves(double):
+    generator, discriminator = networks()
+    list(discriminator.parameters())[0].requires_grad_(False)
+    both = torch.nn.ModuleList([discriminator, generator])
+    x = torch.randn(4, 2)
+    got = [unrolled_gan.unroll(discriminator, torch.optim.Adam(parameters, 0.01), lambda theta:
+           functional_call(discriminator, theta, (x,)).square().mean(), 2)
+           for parameters in (discriminator.parameters(), both.parameters())]
+    assert_equal(*got)
+    assert len(got[0]) == 5
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(weight_decay=0.1), "Adam with weight_decay cannot"), (dict(amsgrad=True), "Adam with amsgrad cannot"),
+    (dict(maximize=True, weight_decay=1), "Adam with weight_decay and maximize cannot")])
+def test_unroll_refuses_other_adams(settings, message):
+    _, discriminator = networks()
+    with pytest.raises(ValueError, match=message):
+        unrolled_gan.unroll(discriminator, adam_of(discriminator, **settings), None, 1)
+
+
+def test_unroll_refuses_other_optimisers():
+    generator, discriminator = networks()
+    weights = list(discriminator.parameters())
+    groups = [{"params": weights[:3]}, {"params": weights[3:]}]
+    for optimizer in (torch.optim.SGD(weights, 0.1), torch.optim.Adam(groups)):
+        with pytest.raises(ValueError, match="not an Adam with one group"):
+            unrolled_gan.unroll(discriminator, optimizer, None, 1)
+    for parameters in (generator.parameters(), weights[1:]):
+        with pytest.raises(ValueError, match="does not hold all"):
+            unrolled_gan.unroll(discriminator, torch.optim.Adam(parameters), None, 1)
+
+
+def test_mean_takes_every_gradient_of_the_unrolled_steps(double):
+    """Here it halves them, as half of the loss does; what ranks do with it is tested with two of them below."""
+    _, discriminator = networks()
+    adam, real, fake = adam_of(discriminator), torch.randn(8, 2), torch.randn(8, 2)
+
+    def loss(theta):
+        return unrolled_gan.discriminator_loss(*logits(discriminator, theta, real, fake))
+
+    seen = []
+    theta = unrolled_gan.unroll(discriminator, adam, loss, 2, lambda g: seen.append(g) or g / 2)
+    halved = unrolled_gan.unroll(discriminator, adam, lambda theta: loss(theta) / 2, 2)
+    assert all(torch.allclose(theta[name], halved[name], rtol=1e-12) for name in theta)
+    assert [g.shape for g in seen] == [(sum(p.numel() for p in discriminator.parameters()),)] * 2
 
 
 def test_unrolling_leaves_parameters_and_moments_to_the_bit():
     generator, discriminator = networks("relu")
-    optimizer = torch.optim.Adam([discriminator.theta], lr=0.01, betas=(0.5, 0.999), fused=True)
-    unrolled_gan.discriminator_loss(*discriminator.both(torch.randn(5, 2), torch.randn(5, 2))).backward()
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=0.01, betas=(0.5, 0.999), fused=True)
+    unrolled_gan.discriminator_loss(discriminator(torch.randn(5, 2)), discriminator(torch.randn(5, 2))).backward()
     optimizer.step()
-    moments = optimizer.state[discriminator.theta]
-    before = [value.clone() for value in (discriminator.theta, discriminator.theta.grad, *moments.values())]
-    loss = unrolled_loss(generator, discriminator, moments, torch.randn(5, 3), torch.randn(5, 2), 5, "saddle")
-    loss.backward()
-    after = [discriminator.theta, discriminator.theta.grad, *moments.values()]
-    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    gradients = {name: p.grad for name, p in discriminator.named_parameters()}
+    before = copy.deepcopy((discriminator.state_dict(), optimizer.state_dict(), gradients))
+    unrolled_loss(generator, discriminator, optimizer, torch.randn(5, 3), torch.randn(5, 2), 5, "saddle").backward(
+        inputs=list(generator.parameters()))
+    assert_equal((discriminator.state_dict(), optimizer.state_dict(), gradients), before)
     assert all(parameter.grad is not None for parameter in generator.parameters())
 
 
 @pytest.mark.parametrize("kind", ("saddle", "nonsaturating"))
 def test_a_dead_unit_and_cold_moments_give_adams_values_and_finite_gradients(kind):
     generator, discriminator = networks("relu")
-    weight, bias = discriminator.layers(discriminator.theta.data)[0]
-    weight[0], bias[0] = 0, -1  # never above 0: no gradient, so v = 0
-    z, real, moments = torch.randn(7, 3), torch.randn(7, 2), cold(discriminator)
-    theta = unrolled_gan.unrolled_parameters(discriminator.theta, moments, real, generator(z), 3, discriminator)
-    w, b = discriminator.layers(theta)[0]
-    assert w[0].eq(0).all() and b[0] == -1  # Adam does not move what has no gradient
-    loss = unrolled_loss(generator, discriminator, moments, z, real, 3, kind)
+    discriminator[0].weight.data[0], discriminator[0].bias.data[0] = 0, -1  # never above 0: no gradient, so v = 0
+    z, real, adam = torch.randn(7, 3), torch.randn(7, 2), adam_of(discriminator, "cold", lr=1e-4)
+    theta = unrolled_gan.unroll(discriminator, adam, lambda theta: unrolled_gan.discriminator_loss(
+        *logits(discriminator, theta, real, generator(z))), 3)
+    assert not adam.state  # nor are there moments now
+    assert theta["0.weight"][0].eq(0).all() and theta["0.bias"][0] == -1  # Adam does not move what has no gradient
+    loss = unrolled_loss(generator, discriminator, adam, z, real, 3, kind)
     gradients = torch.autograd.grad(loss, list(generator.parameters()))
     assert all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)
+
+
+def test_other_shapes_and_kinds_are_refused():
+    for loss in (unrolled_gan.discriminator_loss, unrolled_gan.generator_loss):
+        with pytest.raises(ValueError, match=r"shapes differ: \(5, 1\) and \(5,\)"):
+            loss(torch.zeros(5, 1), torch.zeros(5))
+    with pytest.raises(ValueError, match="unknown kind 'hinge'; accepted: saddle, nonsaturating"):
+        unrolled_gan.generator_loss(torch.zeros(5, 1), torch.zeros(5, 1), "hinge")
+    with pytest.raises(ValueError, match="unknown kind 'moon'; accepted: ring, grid"):
+        unrolled_gan.mixture("moon")
 
 
 def test_losses_are_those_of_probabilities():
@@ -149,19 +291,18 @@ def test_losses_are_those_of_probabilities():
 
 def test_networks():
     discriminator = unrolled_gan.Discriminator(5, 2, "tanh", gain=0.8, scale=4.0)
-    (w1, b1), (w2, b2), (w3, b3) = discriminator.layers(discriminator.theta)
+    w1, b1, w2, b2, w3, b3 = discriminator.parameters()
     x = torch.randn(3, 2)
     want = torch.tanh(torch.tanh(x / 4 @ w1.T + b1) @ w2.T + b2) @ w3.T + b3
     assert torch.allclose(discriminator(x), want, atol=1e-6) and want.shape == (3, 1)
     assert torch.allclose(w2 @ w2.T, 0.64 * torch.eye(5), atol=1e-5) and not b2.any()
-    assert [w.shape for w, _ in unrolled_gan.Discriminator(5, 1).layers(unrolled_gan.Discriminator(5, 1).theta)] == [
-        (5, 2), (1, 5)]
+    assert [w.shape for w in unrolled_gan.Discriminator(5, 1).parameters()] == [(5, 2), (5,), (1, 5), (1,)]
     generator = unrolled_gan.Generator(7, 5, "relu", gain=0)
-    assert [layer.weight.shape for layer in generator.layers] == [(5, 7), (5, 5), (2, 5)]
-    assert 0.3 < generator.layers[0].weight.abs().max() < 7**-0.5 and generator.layers[0].bias.any()
+    w1, b1, w2, b2, w3, b3 = generator.parameters()
+    assert [w.shape for w in (w1, w2, w3)] == [(5, 7), (5, 5), (2, 5)]
+    assert 0.3 < w1.abs().max() < 7**-0.5 and b1.any()
     z = torch.randn(4, 7)
-    one, two, three = generator.layers
-    assert torch.allclose(generator(z), three(F.relu(two(F.relu(one(z))))))
+    assert torch.allclose(generator(z), F.relu(F.relu(z @ w1.T + b1) @ w2.T + b2) @ w3.T + b3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind, count, extreme", [("ring", 8, 0.32), ("grid", 25, 0.19)])
@@ -175,7 +316,7 @@ def test_mixture_has_exactly_the_asked_spread(kind, count, extreme):
             assert np.std(weights.double().numpy()) == pytest.approx(prior_std, abs=1e-7)
     assert torch.equal(unrolled_gan.mixture(kind, 0.06, 3)[1], unrolled_gan.mixture(kind, 0.06, 3)[1])
     assert not torch.equal(unrolled_gan.mixture(kind, 0.06, 3)[1], unrolled_gan.mixture(kind, 0.06, 4)[1])
-    with pytest.raises(ValueError, match=f"--prior-std 0.34: {count} positive weights have less than 0"):
+    with pytest.raises(ValueError, match=f"prior_std 0.34: that of {count} positive weights is less than 0"):
         unrolled_gan.mixture(kind, 0.34, 0)
 
 
@@ -210,6 +351,7 @@ def test_mode_statistics_against_loops(kind, std):
             near[i] += distance < neighbour / 4
         good += min(distances) < 3 * std
         nearest[distances.index(min(distances))] += 1
+    assert unrolled_gan.mode_statistics(samples, means, std, weights)["modes"] == sum(n > 0 for n in close)
     kl = sum(n / 2560 * math.log(n / 2560 / w) for n, w in zip(nearest, weights.tolist()) if n)
     got = unrolled_gan.mode_statistics(samples, means, std, weights)
     assert got["covered"] == sum(n >= 20 for n in close) and got["reached"] == sum(n >= 20 for n in near)
@@ -220,9 +362,9 @@ def test_mode_statistics_against_loops(kind, std):
 def test_mode_statistics_of_known_samples():
     means, weights = unrolled_gan.mixture("ring", 0, 0)
     exact = unrolled_gan.mode_statistics(means.repeat(320, 1), means, 0.02, weights)
-    assert exact == dict(covered=8, reached=8, quality=1, kl=pytest.approx(0, abs=1e-6))
+    assert exact == dict(covered=8, reached=8, modes=8, quality=1, kl=pytest.approx(0, abs=1e-6))
     one = unrolled_gan.mode_statistics(means[:1].repeat(2560, 1), means, 0.02, weights)
-    assert one == dict(covered=1, reached=1, quality=1, kl=pytest.approx(math.log(8)))
+    assert one == dict(covered=1, reached=1, modes=1, quality=1, kl=pytest.approx(math.log(8)))
 
 
 def plain_steps(before: dict, steps: int) -> dict[str, torch.Tensor]:
@@ -235,7 +377,7 @@ def plain_steps(before: dict, steps: int) -> dict[str, torch.Tensor]:
     g_adam = torch.optim.Adam(generator.parameters(), lr=config["lr"], betas=(0.5, 0.999), fused=True)
     d_adam = torch.optim.Adam(discriminator.parameters(), lr=config["d_lr"], betas=(0.5, 0.999), fused=True)
     means, weights = unrolled_gan.mixture(config["data"], config["prior_std"], config["seed"])
-    torch.set_rng_state(before["rng"])
+    torch.set_rng_state(before["state"]["rng"][:-16].clone())
     for _ in range(steps):
         z = torch.randn(config["batch_size"], config["latent"])
         real = unrolled_gan.draw(means, weights, 0.02, config["batch_size"])
@@ -272,9 +414,8 @@ def test_discriminator_takes_one_ordinary_step_whatever_is_unrolled(tmp_path):
         unrolled_gan.main([*TINY["unrolled_gan"], "--unroll-steps", steps, "--steps", "1", "--out", str(out)])
         states.append(load(out / "checkpoint.pt")["state"])
     plain, unrolled = states
-    assert torch.equal(plain["discriminator"]["theta"], unrolled["discriminator"]["theta"])
-    assert all(torch.equal(value, unrolled["d_optimizer"]["state"][0][name])
-               for name, value in plain["d_optimizer"]["state"][0].items())
+    assert_equal(plain["discriminator"], unrolled["discriminator"])
+    assert_equal(plain["adam_d"], unrolled["adam_d"])
     assert any(not torch.equal(value, unrolled["generator"][name]) for name, value in plain["generator"].items())
 
 
@@ -284,13 +425,14 @@ def test_settings_train(more, tmp_path):
     unrolled_gan.main([*TINY["unrolled_gan"], *more, "--log-every", "1", "--out", str(tmp_path / "run")])
     modes = 25 if "grid" in more else 8
     for row in rows(tmp_path / "run"):
+        assert int(row["covered"]) <= int(row["modes"]) <= modes
         assert 0 < int(row["coverable"]) <= modes and 0 <= float(row["quality"]) <= 1 and float(row["kl"]) > 0
         assert float(row["unroll_gain"]) > 0  # D's steps from where it stands improve its own f
 
 
 def test_too_much_spread_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="--prior-std 0.5: 8 positive weights have less than 0.331"):
+    with pytest.raises(SystemExit, match="prior_std 0.5: that of 8 positive weights is less than 0.331"):
         unrolled_gan.main([*TINY["unrolled_gan"], "--prior-std", "0.5"])
     assert not list(tmp_path.iterdir())
 
@@ -307,3 +449,63 @@ def test_strip_and_samples(tmp_path):
     a, b, c = (np.load(tmp_path / name / "samples.npy") for name in "abc")
     assert a.shape == (5000, 2) and a.dtype == np.float32 and np.array_equal(a, b) and not np.array_equal(a, c)
     assert json.loads((out / "config.json").read_text())["unroll_steps"] == 2
+
+
+@pytest.mark.parametrize("kind", ("saddle", "nonsaturating"))
+def test_two_ranks_are_one(kind, tmp_path):
+    flags = [*TINY["unrolled_gan"], "--unroll-steps", "3", "--g-loss", kind, "--steps", "4"]
+    for name, ranks in (("one", 1), ("two", 2)):
+        done = run("unrolled_gan", *flags, "--out", name, cwd=tmp_path, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (load(tmp_path / name / "checkpoint.pt")["state"] for name in ("one", "two"))
+    for network in ("generator", "discriminator"):
+        assert all(torch.allclose(value, two[network][name], rtol=0, atol=2e-6) for name, value in one[network].items())
+
+
+def test_points_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("points.npy", np.random.default_rng(0).normal(size=(100, 2)))
+    unrolled_gan.main([*TINY["unrolled_gan"], "--data", "points.npy", "--out", "run"])
+    assert list(rows(tmp_path / "run")[-1]) == ["step", "loss_d", "loss_g", "unroll_gain"]
+    assert all((tmp_path / "run" / name).exists() for name in ("samples/real.png", "strip.png", "curves.png"))
+    (tmp_path / "points.npy").rename("moved.npy")
+    unrolled_gan.main(["--resume", "--out", "run", "--data", "moved.npy", "--steps", "8"])
+    assert rows(tmp_path / "run")[-1]["step"] == "8"
+    with pytest.raises(SystemExit, match="argument --data: the run has moved.npy and cannot go on with ring"):
+        unrolled_gan.main(["--resume", "--out", "run", "--data", "ring"])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="--prior-std: goes with"):
+        unrolled_gan.main([*TINY["unrolled_gan"], "--data", "moved.npy", "--prior-std", "0.1"])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("array", (np.zeros((5, 3)), np.zeros(4), np.zeros((0, 2)), np.full((5, 2), np.nan), None))
+def test_other_files_are_refused_in_one_line(array, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("points.npy").write_text("text") if array is None else np.save("points.npy", array)
+    with pytest.raises(SystemExit, match="argument --data: 'points.npy': choose from ring, grid, or a .npy file"):
+        unrolled_gan.main([*TINY["unrolled_gan"], "--data", "points.npy"])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_draws_from_points_are_those_points():
+    points = torch.randn(50, 2)
+    drawn = unrolled_gan.draw(points, torch.full((50,), 1 / 50), 0.0, 2000)
+    places = torch.cdist(drawn, points, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    assert places.values.max() == 0 and len(places.indices.unique()) == 50
+
+
+def test_losses_paste_without_the_rest():
+    text = Path(unrolled_gan.__file__).read_text()
+    text = text[text.index("# ---- networks"):text.index("# ---- training")]
+    names = {}
+    exec("import math, itertools, torch, torch.nn.functional as F\nfrom torch import Tensor, nn\n"
+         "from torch.func import functional_call\n"
+         "from collections.abc import Callable, Iterable, Iterator, Sequence\n" + text, names)
+    discriminator = names["Discriminator"](6)
+    real, fake = torch.randn(4, 2), names["Generator"](3, 6)(torch.randn(4, 3))
+    theta = names["unroll"](discriminator, torch.optim.Adam(discriminator.parameters()), lambda theta: names[
+        "discriminator_loss"](*logits(discriminator, theta, real, fake)), 2)
+    assert names["generator_loss"](*logits(discriminator, theta, real, fake)).isfinite()
+    means, weights = names["mixture"]("grid")
+    assert names["mode_statistics"](names["draw"](means, weights, 0.05, 9), means, 0.05, weights)["quality"] > 0
