@@ -87,9 +87,9 @@ def _reason(error: BaseException) -> str:
 
 # ---- drawings --------------------------------------------------------------------------------------------------------
 
-# Drawn data sets. Pictures are drawn two or three times too large, in coordinates from -1 to 1, and then shrunk, so
-# that they show the same scene at every size. Shapes are arrays of complex numbers x + iy: a product turns and zooms a
-# shape, a sum shifts it.
+# Procedurally generated datasets. Pictures are drawn two or three times too large, in coordinates from -1 to 1, and
+# then shrunk, so that they show the same scene at every size. Shapes are arrays of complex numbers x + iy: a product
+# turns and zooms a shape, a sum shifts it.
 Colour = tuple[int, int, int]
 WHITE, BLACK, GOLD, PINK = (255, 252, 246), (14, 10, 16), (255, 206, 50), (240, 90, 110)
 _CIRCLE = np.exp(2j * np.pi * np.arange(20) / 20)
@@ -384,7 +384,7 @@ def draw_fish(rng: random.Random, size: int) -> tuple[Image.Image, int]:
     return (picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if r() < 0.5 else picture), label
 
 
-# ---- data sets and folders -------------------------------------------------------------------------------------------
+# ---- datasets and folders -------------------------------------------------------------------------------------------
 
 DRAWN = {"digits": (draw_digit, 1), "faces": (draw_face, 3), "fish": (draw_fish, 3)}  # with their own channels
 DRAWN_COUNT, DRAWN_SEED, DRAWING_VERSION = 6_000, 0, 1  # raise the version when a drawing changes
@@ -420,8 +420,8 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
         raise ValueError(f"image_size must be a positive int, not {image_size!r}; channels 1 or 3, not {channels!r}")
     source, root = os.path.expanduser(source), os.path.expanduser(root)
     if source in NAMES and os.path.isdir(source) and os.path.abspath(root) != os.getcwd():
-        raise ValueError(f"{source!r} is a data set and also a folder here: give ./{source} to use the folder, or "
-                         "rename the folder to use the data set")
+        raise ValueError(f"{source!r} is a dataset and also a folder here: give ./{source} to use the folder, or "
+                         "rename the folder to use the dataset")
     if source in DRAWN:
         return _draw(source, image_size, channels or DRAWN[source][1], root)[0]
     if source in STACKED:
@@ -665,9 +665,9 @@ def normalise(images: Tensor) -> Tensor:
 
 
 class Batches:
-    """Random batches [batch_size / world, C, H, W] of a uint8 data set [N, C, H, W], normalised, on `device`.
+    """Random batches [batch_size / world, C, H, W] of a uint8 dataset [N, C, H, W], normalised, on `device`.
 
-    The data set is copied to the device if it takes at most half of the free memory, and indexed there. Otherwise the
+    The dataset is copied to the device if it takes at most half of the free memory, and indexed there. Otherwise the
     host fills a buffer on the device at `refill`, to be called before every step. So a step that takes a batch by
     `batches()` (or `batches(i)` for i < `per_step`) is pure device work and can be captured in a CUDA graph. Pictures
     are drawn with replacement. All ranks draw the same global batch and take their own share of it.
@@ -970,8 +970,15 @@ def diversity_ratio(samples: Tensor, data: Tensor) -> float:
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-USES = ("checkpoint", "resume", "sample", "interpolate", "embed")  # flags that are no settings of a run
+USES = ("checkpoint", "resume", "sample", "interpolate", "embed")  # flags that are not settings of a run
 PLACES = ("out", "data_root")  # settings that a checkpoint does not decide: a foreign one could name any folder
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -981,17 +988,17 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, script: str, description: str, data: str | None = None, sizes: tuple = (16, 32, 64, 128)):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=_Help)
         self.script, switch = script, argparse.BooleanOptionalAction
         if data:
             add = self.add_argument_group("data").add_argument
-            add("--data", type=filled, default=data, help=", ".join([*DRAWN, *TORCHVISION, "or a folder of pictures"]))
+            add("--data", type=filled, default=data, help=", ".join([*NAMES, "or a folder of pictures"]))
             add("--data-root", type=filled, default="data", help="folder for downloads and the picture cache")
             add("--image-size", type=int, choices=sizes, default=32, help="height and width in pixels")
             add("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB; default: what the data have")
             add("--hflip", action=switch, default=False, help="random horizontal flip, p = 0.5")
             add("--precision", choices=("auto", "fp32", "bf16"), default="fp32",
-                help="of the networks; auto: bf16 where the hardware computes in it")
+                help="number format of the networks; auto: bf16 where the hardware supports it")
         add = self.add_argument_group("run").add_argument
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, batches and noise")
         add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
@@ -1000,19 +1007,19 @@ class Parser(argparse.ArgumentParser):
         add("--sample-every", type=number(int, 1), default=100, help="steps between sample pictures")
         add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
         add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
-        add("--out", type=filled, help=f"folder to write to; default: the next free one, as runs/{script}-001")
+        add("--out", type=filled, help=f"folder to write to; default: the next free one, e.g. runs/{script}-001")
         add("--init-from", type=filled, metavar="FILE", help="begin a new run with the networks of this checkpoint")
-        add("--checkpoint", type=filled, metavar="FILE", help="for the following, in place of the newest run's")
+        add("--checkpoint", type=filled, metavar="FILE", help="for --resume, --sample, ...; default: the newest run's")
         self.use = self.add_mutually_exclusive_group().add_argument
         self.use("--resume", action="store_true", help="continue the newest run, or that of --out or --checkpoint")
         self.use("--sample", type=number(int, 1), metavar="N", help="skip training and write N samples")
 
     def parse_args(self, argv: Sequence[str], namespace: None = None) -> argparse.Namespace:
-        """The flags, not in contradiction, with the ``checkpoint`` that they use. Raises ValueError, OSError."""
+        """The flags, checked for contradictions, with the checkpoint that they use. Raises ValueError, OSError."""
         args = super().parse_args(argv)
         used = any(getattr(args, name, None) for name in USES[1:])
         if args.checkpoint and not used:
-            self.error("argument --checkpoint: goes with --resume, --sample or another use of a checkpoint")
+            self.error("argument --checkpoint: only allowed with --resume, --sample or another use of a checkpoint")
         if args.init_from and used and not args.resume:
             self.error("argument --init-from: begins a new run; --checkpoint names the one to use")
         if args.resume and args.checkpoint and args.out:
@@ -1044,7 +1051,7 @@ class Parser(argparse.ArgumentParser):
 def filled(text: str) -> str:
     """An argparse type: text that is not empty."""
     if not text:
-        raise argparse.ArgumentTypeError("'' is empty")
+        raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
@@ -1233,9 +1240,9 @@ def collapse(rows: Sequence[dict[str, float]]) -> str | None:
     """The sign of a collapse in the rows of metrics.csv, the newest last, and what may help; or None."""
     *past, row = rows
     if row.get("diversity", 1) < 0.3 and (row["step"] >= 300 or any(r["diversity"] > 0.5 for r in past)):
-        return "the samples are becoming one image; go on from an earlier checkpoint: --init-from with a lower --lr"
+        return "the samples are becoming one image; begin again with a lower --lr, --init-from an earlier checkpoint"
     if big := [name for name, value in row.items() if name != "step" and abs(value) > 1e6]:
-        return f"{big[0]} explodes; go on from an earlier checkpoint: --init-from with a lower --lr"
+        return f"{big[0]} explodes; begin again with a lower --lr, --init-from an earlier checkpoint"
     return None
 
 
@@ -1269,7 +1276,7 @@ class Record:
         if self.writes:
             print(f"{self.script}: {self.folder}, step {self.first} to {self.config['steps']}", flush=True)
             if not torch.equal(self.images, self.state["images"]):
-                self.warn(f"these {self.images[0]:,} pictures are not the {self.state['images'][0]:,} of before")
+                self.warn(f"the data have changed: {self.images[0]:,} pictures now, {self.state['images'][0]:,} before")
         self.state["images"].copy_(self.images)
         return self
 
@@ -1364,7 +1371,7 @@ class Record:
         if bad:
             raise FloatingPointError(
                 f"step {int(self.state['step'])}: not finite: {', '.join(bad[:5])}; the last good checkpoint is "
-                f"{self.folder / 'checkpoint.pt'}: go on from it with --init-from and a lower --lr")
+                f"{self.folder / 'checkpoint.pt'}: continue from it with --init-from and a lower --lr")
 
     def show(self, pictures: dict[str, Tensor | Image.Image], real: Tensor | Image.Image,
              panels: list[tuple[str, ...]]) -> None:

@@ -150,7 +150,7 @@ def generator_loss(fake_energy: Tensor, codes: Tensor, pt_weight: float) -> Tens
 def update_ema(ema: nn.Module, network: nn.Module, updates: Tensor, decay: float) -> None:
     """Move the averaged network: ema <- d ema + (1 - d) network, buffers too, with d = min(decay, t / (t + 9)).
 
-    t is the scalar ``updates``, counted from 0. So d warms up, and the average leaves the first weights behind soon.
+    t is the scalar ``updates``, counted from 0. So d warms up, and the average soon forgets the initial weights.
     """
     weight = (9 / (updates + 9)).clamp(min=1 - decay)
     averages, values = (itertools.chain(n.parameters(), n.buffers()) for n in (ema, network))
@@ -280,7 +280,7 @@ def train(args: argparse.Namespace) -> Path:
             if RANK == 0 and (step % args.sample_every == 0 or last):
                 record.show(pictures(), shown[:64], PANELS)
             if stop and not last:
-                raise KeyboardInterrupt(f"stopped at step {step}; to go on: {SCRIPT}.py --resume --out {record.folder}")
+                raise KeyboardInterrupt(f"stopped at step {step}; to continue: --resume --out {record.folder}")
     return record.folder
 
 
@@ -295,7 +295,7 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
     return generator.to(device).eval().requires_grad_(False), content["config"]
 
 
-def opened(args: argparse.Namespace, purpose: str) -> tuple[Generator, dict, torch.device, Path]:
+def open_generator(args: argparse.Namespace, purpose: str) -> tuple[Generator, dict, torch.device, Path]:
     """The generator of --checkpoint, its settings, the device, and a new folder to fill: --out or beside the run."""
     device = start(args)
     generator, config = load_generator(args.checkpoint, device)
@@ -304,7 +304,7 @@ def opened(args: argparse.Namespace, purpose: str) -> tuple[Generator, dict, tor
 
 def sample(args: argparse.Namespace) -> Path:
     """--sample N: N pictures, numbered, as FID tools want them."""
-    generator, config, device, folder = opened(args, "sample")
+    generator, config, device, folder = open_generator(args, "sample")
     for first in range(0, args.sample, 256):
         z = uniform(min(256, args.sample - first), config["latent"])
         common.save_pngs(generator(z.to(device)), folder, first)
@@ -313,7 +313,7 @@ def sample(args: argparse.Namespace) -> Path:
 
 def interpolate(args: argparse.Namespace) -> Path:
     """--interpolate N: N straight walks between two random z, a row each."""
-    generator, config, device, folder = opened(args, "interpolate")
+    generator, config, device, folder = open_generator(args, "interpolate")
     begin, end = uniform(2 * args.interpolate, config["latent"]).to(device).chunk(2)
     walk = [generator(torch.lerp(begin, end, step / 11)) for step in range(12)]
     common.save_strip(torch.stack(walk, dim=1), folder / "walks.png")
@@ -331,7 +331,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=number(int, 2, 1e6), default=64, help="images per batch, over all ranks")
     add("--steps", type=number(int, 1), default=6000, help="steps of the whole run, see --d-steps and --g-steps")
     add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, both networks")
-    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], help="Adam's decay rates")
+    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], metavar="B", help="Adam's betas")
     add("--margin", type=number(float, 0, 1e4), help="m; default: sqrt(C H W) / 4, 8 for 32x32 grey")
     add("--pt-weight", type=number(float, 0, 1e4), default=0.1, help="weight w of the pull-away term; 0: none")
     add("--d-steps", type=number(int, 1, 100), default=1, help="discriminator updates per step")
@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         use = sample if args.sample else interpolate if args.interpolate else train
         folder = use(args) if use is train or RANK == 0 else None
         if RANK == 0:
-            print(f"{SCRIPT}: all is in {folder}")
+            print(f"{SCRIPT}: results are in {folder}")
 
 
 # ---- runs: the same text in all four scripts ------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in saved.items():
         new = getattr(args, name)
         if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
-            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot go on with {new}")
+            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot continue with {new}")
     return args
 
 
@@ -411,7 +411,7 @@ def from_rank_0(make: Callable, *inputs: object) -> object:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Put the means over the ranks in the tensors' places, by one all-reduce of all of them laid end to end."""
+    """Replace tensors by their means over the ranks, in one all-reduce."""
     if WORLD > 1:
         tensors = list(tensors)
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -457,7 +457,7 @@ def adam(parameters: list[nn.Parameter], lr: float | Tensor, betas: list[float])
 
 
 def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
-    """Results of update(), for ever; with ``graph`` its first three warm up and the others replay one CUDA graph."""
+    """Results of update(), endlessly; with ``graph`` its first three warm up and the others replay one CUDA graph."""
     for _ in range(3):
         yield update()
     if graph:
@@ -466,7 +466,7 @@ def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
             with torch.cuda.graph(captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 result = update()  # recorded, not run
         except RuntimeError as error:
-            print(f"{SCRIPT}: no CUDA graph, but eager steps: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{SCRIPT}: no CUDA graph, running eagerly: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
             while True:
                 captured.replay()

@@ -266,7 +266,7 @@ def train(args: argparse.Namespace) -> Path:
     saved = from_rank_0(read_checkpoint, source) if source else {}
     former = saved["config"]["data"] if args.resume else args.data
     if args.data != former and not MODE_STD.keys().isdisjoint([args.data, former]):  # but a file may have moved
-        raise ValueError(f"argument --data: the run has {former} and cannot go on with {args.data}")
+        raise ValueError(f"argument --data: the run has {former} and cannot continue with {args.data}")
     means, weights, std = target(args, device)
     generator, discriminator = build(Generator, vars(args)).to(device), build(Discriminator, vars(args)).to(device)
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
@@ -340,7 +340,7 @@ def train(args: argparse.Namespace) -> Path:
             if RANK == 0 and (step % args.sample_every == 0 or last):
                 show()
             if stop and not last:
-                raise KeyboardInterrupt(f"stopped at step {step}; to go on: {SCRIPT}.py --resume --out {record.folder}")
+                raise KeyboardInterrupt(f"stopped at step {step}; to continue: --resume --out {record.folder}")
     return record.folder
 
 
@@ -381,7 +381,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
     add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, generator")
     add("--d-lr", type=number(float, 1e-9, 1), default=3e-4, help="Adam's learning rate, discriminator")
-    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], help="Adam's decay rates")
+    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], metavar="B", help="Adam's betas")
     add("--unroll-steps", type=number(int, 0, 1000), default=10, help="the paper's K; 0: the plain GAN")
     add("--g-loss", choices=("saddle", "nonsaturating"), default="nonsaturating", help="f_K, or -E log D(G(z))")
     add("--fresh", action=switch, default=False, help="new real points for every unrolled step, not one batch for all")
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
         use = sample if args.sample else train
         folder = use(args) if use is train or RANK == 0 else None
         if RANK == 0:
-            print(f"{SCRIPT}: all is in {folder}")
+            print(f"{SCRIPT}: results are in {folder}")
 
 
 # ---- runs: the same text in all four scripts ------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in saved.items():
         new = getattr(args, name)
         if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
-            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot go on with {new}")
+            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot continue with {new}")
     return args
 
 
@@ -459,7 +459,7 @@ def from_rank_0(make: Callable, *inputs: object) -> object:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Put the means over the ranks in the tensors' places, by one all-reduce of all of them laid end to end."""
+    """Replace tensors by their means over the ranks, in one all-reduce."""
     if WORLD > 1:
         tensors = list(tensors)
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -505,7 +505,7 @@ def adam(parameters: list[nn.Parameter], lr: float | Tensor, betas: list[float])
 
 
 def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
-    """Results of update(), for ever; with ``graph`` its first three warm up and the others replay one CUDA graph."""
+    """Results of update(), endlessly; with ``graph`` its first three warm up and the others replay one CUDA graph."""
     for _ in range(3):
         yield update()
     if graph:
@@ -514,7 +514,7 @@ def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
             with torch.cuda.graph(captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 result = update()  # recorded, not run
         except RuntimeError as error:
-            print(f"{SCRIPT}: no CUDA graph, but eager steps: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{SCRIPT}: no CUDA graph, running eagerly: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
             while True:
                 captured.replay()

@@ -183,7 +183,7 @@ def generator_loss(fake_scores: Tensor) -> Tensor:
 def update_ema(ema: nn.Module, network: nn.Module, updates: Tensor, decay: float) -> None:
     """Move the averaged network: ema <- d ema + (1 - d) network, buffers too, with d = min(decay, t / (t + 9)).
 
-    t is the scalar ``updates``, counted from 0. So d warms up, and the average leaves the first weights behind soon.
+    t is the scalar ``updates``, counted from 0. So d warms up, and the average soon forgets the initial weights.
     """
     weight = (9 / (updates + 9)).clamp(min=1 - decay)
     averages, values = (itertools.chain(n.parameters(), n.buffers()) for n in (ema, network))
@@ -325,7 +325,7 @@ def train(args: argparse.Namespace) -> Path:
             if RANK == 0 and (step % args.sample_every == 0 or last):
                 record.show(pictures(), shown[:64], PANELS)
             if stop and not last:
-                raise KeyboardInterrupt(f"stopped at step {step}; to go on: {SCRIPT}.py --resume --out {record.folder}")
+                raise KeyboardInterrupt(f"stopped at step {step}; to continue: --resume --out {record.folder}")
     return record.folder
 
 
@@ -340,7 +340,7 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
     return generator.to(device).eval().requires_grad_(False), content["config"]
 
 
-def opened(args: argparse.Namespace, purpose: str) -> tuple[Generator, dict, torch.device, Path]:
+def open_generator(args: argparse.Namespace, purpose: str) -> tuple[Generator, dict, torch.device, Path]:
     """The generator of --checkpoint, its settings, the device, and a new folder to fill: --out or beside the run."""
     device = start(args)
     generator, config = load_generator(args.checkpoint, device)
@@ -349,7 +349,7 @@ def opened(args: argparse.Namespace, purpose: str) -> tuple[Generator, dict, tor
 
 def sample(args: argparse.Namespace) -> Path:
     """--sample N: N pictures, numbered, as FID tools want them."""
-    generator, config, device, folder = opened(args, "sample")
+    generator, config, device, folder = open_generator(args, "sample")
     for first in range(0, args.sample, 256):
         z = torch.randn(min(256, args.sample - first), config["latent"])
         common.save_pngs(generator(z.to(device)), folder, first)
@@ -364,7 +364,7 @@ def slerp(begin: Tensor, end: Tensor, share: float) -> Tensor:
 
 def interpolate(args: argparse.Namespace) -> Path:
     """--interpolate N: two walks from each of N samples, to the most and to the least similar of 256 others."""
-    generator, config, device, folder = opened(args, "interpolate")
+    generator, config, device, folder = open_generator(args, "interpolate")
     begin = torch.randn(args.interpolate, config["latent"]).to(device)
     others = torch.randn(256, config["latent"]).to(device)
     distance = torch.cdist(generator(begin).flatten(1), generator(others).flatten(1))
@@ -416,11 +416,11 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=number(int, 1), default=7000, help="generator updates of the whole run")
     add("--lr", type=schedule, default="1e-3:2,2e-4~6e-4:1",
         help="Adam's learning rate: RATE:SHARE or, random at every step, LOW~HIGH:SHARE for each piece of the run")
-    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.0, 0.99], help="Adam's decay rates")
+    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.0, 0.99], metavar="B", help="Adam's betas")
     add("--n-critic", type=number(int, 1, 1000), default=2, help="critic updates for each generator update; paper: 5")
     add("--gp-weight", type=number(float, 0, 1e6), default=10.0, help="lambda, weight of the gradient penalty")
     add("--drift", type=number(float, 0, 1e6), default=0.001, help="weight of the squared scores of real images")
-    add("--dropout", type=number(float, 0, 0.99), default=0.0, help="share of the critic's features that are dropped")
+    add("--dropout", type=number(float, 0, 0.99), default=0.0, help="fraction of the critic's features dropped")
     add("--augment", action=switch, default=False, help="random rotation, shift, shear, zoom and tint of real images")
     add("--width", type=number(int, 1, 1024), default=16, help="channels at 32x32 and above; doubled at every halving")
     add("--latent", type=number(int, 1, 65536), default=64, help="length of z")
@@ -438,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
         use = sample if args.sample else interpolate if args.interpolate else train
         folder = use(args) if use is train or RANK == 0 else None
         if RANK == 0:
-            print(f"{SCRIPT}: all is in {folder}")
+            print(f"{SCRIPT}: results are in {folder}")
 
 
 # ---- runs: the same text in all four scripts ------------------------------------------------------------------------
@@ -459,7 +459,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in saved.items():
         new = getattr(args, name)
         if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
-            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot go on with {new}")
+            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot continue with {new}")
     return args
 
 
@@ -495,7 +495,7 @@ def from_rank_0(make: Callable, *inputs: object) -> object:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Put the means over the ranks in the tensors' places, by one all-reduce of all of them laid end to end."""
+    """Replace tensors by their means over the ranks, in one all-reduce."""
     if WORLD > 1:
         tensors = list(tensors)
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -541,7 +541,7 @@ def adam(parameters: list[nn.Parameter], lr: float | Tensor, betas: list[float])
 
 
 def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
-    """Results of update(), for ever; with ``graph`` its first three warm up and the others replay one CUDA graph."""
+    """Results of update(), endlessly; with ``graph`` its first three warm up and the others replay one CUDA graph."""
     for _ in range(3):
         yield update()
     if graph:
@@ -550,7 +550,7 @@ def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
             with torch.cuda.graph(captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 result = update()  # recorded, not run
         except RuntimeError as error:
-            print(f"{SCRIPT}: no CUDA graph, but eager steps: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{SCRIPT}: no CUDA graph, running eagerly: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
             while True:
                 captured.replay()

@@ -91,7 +91,7 @@ def test_a_failed_capture_goes_on_eagerly(script, flags, tmp_path, graphs, monke
 
     monkeypatch.setattr(torch.cuda, "graph", fails)
     module(script).main([*flags, "--steps", "5", "--out", str(tmp_path / "failed")])
-    assert f"{script}: no CUDA graph, but eager steps: operation not permitted when" in capsys.readouterr().err
+    assert f"{script}: no CUDA graph, running eagerly: operation not permitted when" in capsys.readouterr().err
     monkeypatch.undo()
     module(script).main([*flags, "--steps", "5", "--out", str(tmp_path / "eager")])
     assert same_state(load(tmp_path / "eager/checkpoint.pt"), load(tmp_path / "failed/checkpoint.pt"))

@@ -670,7 +670,7 @@ def test_a_folder_with_the_name_of_a_data_set(tmp_path: Path, monkeypatch) -> No
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "DRAWN_COUNT", 9)
     photos(tmp_path / "faces")
-    with pytest.raises(ValueError, match=r"'faces' is a data set and also a folder here: give \./faces .* or rename"):
+    with pytest.raises(ValueError, match=r"'faces' is a dataset and also a folder here: give \./faces .* or rename"):
         load_images("faces", 8)
     assert len(load_images("./faces", 8)) == len(load_images(str(tmp_path / "faces"), 8)) == 6
     (tmp_path / "faces").rename(tmp_path / "portraits")

@@ -471,7 +471,7 @@ def test_points_of_a_file(tmp_path, monkeypatch):
     (tmp_path / "points.npy").rename("moved.npy")
     unrolled_gan.main(["--resume", "--out", "run", "--data", "moved.npy", "--steps", "8"])
     assert rows(tmp_path / "run")[-1]["step"] == "8"
-    with pytest.raises(SystemExit, match="argument --data: the run has moved.npy and cannot go on with ring"):
+    with pytest.raises(SystemExit, match="argument --data: the run has moved.npy and cannot continue with ring"):
         unrolled_gan.main(["--resume", "--out", "run", "--data", "ring"])
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="--prior-std: goes with"):
