@@ -204,14 +204,15 @@ def train(args: argparse.Namespace) -> Path:
     parameters = [*generator.parameters(), *discriminator.parameters()]
     k, smooth, waited, updates = (torch.zeros((), device=device) for _ in range(4))
     lr, best = torch.full_like(k, args.lr), torch.full_like(k, torch.finfo(k.dtype).max)
+    fall = torch.full_like(k, (args.lr - args.lr_min) / args.steps)  # of lr in a step, unless M controls it
     optimizer = adam(parameters, lr, args.betas)
     fixed_z = uniform(256, args.latent, device)
     shown = common.normalise(common.spread(images, 256).to(device))
     record = common.Record(SCRIPT, vars(args), METRICS, device, images, writes=RANK == 0)
     networks = dict(generator=generator.state_dict(), ema=ema.state_dict(), discriminator=discriminator.state_dict())
     state = networks | record.state | dict(
-        adam=optimizer.state_dict()["state"], k=k, lr=lr, smooth=smooth, best=best, waited=waited, updates=updates,
-        fixed_z=fixed_z)
+        adam=optimizer.state_dict()["state"], k=k, lr=lr, smooth=smooth, best=best, waited=waited, fall=fall,
+        updates=updates, fixed_z=fixed_z)
 
     def update() -> Tensor:
         """One step of D and G, all of it work for the device; returns the METRICS."""
@@ -236,7 +237,10 @@ def train(args: argparse.Namespace) -> Path:
         k_next, m = balance(k, real_loss, fake_loss, args.gamma, args.lambda_k)
         metrics = torch.stack([L_D, real_loss, fake_loss, fake_loss / real_loss, k, m, lr])
         k.copy_(k_next)
-        halve_on_stall(m, lr, smooth, best, waited, args.lr_patience, args.lr_min)
+        if args.lr_patience:
+            halve_on_stall(m, lr, smooth, best, waited, args.lr_patience, args.lr_min)
+        else:
+            lr.sub_(fall).clamp_(min=args.lr_min)
         for network in (generator, discriminator, discriminator.decoder) if args.residual_steps else ():
             network.carry.sub_(1 / args.residual_steps).clamp_(min=0)
         update_ema(ema, generator, updates, args.ema)
@@ -343,7 +347,8 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
     add("--lr", type=number(float, 1e-9, 1), default=4e-4, help="Adam's initial learning rate, both networks")
     add("--lr-min", type=number(float, 0, 1), default=2e-5, help="lower bound of the learning rate")
-    add("--lr-patience", type=number(int, 1), default=150, help="steps without a new minimum of M until lr halves")
+    add("--lr-patience", type=number(int, 0), default=150,
+        help="steps without a new minimum of M until lr halves; 0: instead, lr falls linearly during the run")
     add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.99], metavar="B", help="Adam's betas")
     add("--gamma", type=number(float, 0, 1), default=0.5, help="diversity ratio L(G(z)) / L(x); paper: 0.3 to 0.7")
     add("--lambda-k", type=number(float, 0, 1), default=0.2, help="learning rate of k_t; paper: 0.001, for long runs")

@@ -154,6 +154,14 @@ def test_carry_reaches_zero_after_the_residual_steps(data_flags, tmp_path):
     assert carries == pytest.approx([1, 0.5, 0])
 
 
+def test_without_patience_the_rate_falls_linearly_to_its_floor(data_flags, tmp_path):
+    flags = [*TINY["began"], *data_flags["began"], "--log-every", "1", "--lr", "1e-3", "--lr-min", "4e-4"]
+    began.main([*flags, "--lr-patience", "0", "--out", str(tmp_path / "run")])
+    began.main(["--resume", "--steps", "8", "--out", str(tmp_path / "run")])  # a longer run keeps the pace
+    rates = [float(row["lr"]) for row in rows(tmp_path / "run")]
+    assert rates == pytest.approx([1e-3, 9e-4, 8e-4, 7e-4, 6e-4, 5e-4, 4e-4, 4e-4])
+
+
 def test_columns_agree_with_each_other(data_flags, tmp_path):
     began.main([*TINY["began"], *data_flags["began"], "--log-every", "1", "--out", str(tmp_path / "run")])
     for row in rows(tmp_path / "run"):
