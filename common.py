@@ -1039,7 +1039,8 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(config, dict) or config.keys() != known:
             raise ValueError("settings are missing or not known")
         values = vars(self.parse_args(as_flags(config)))
-        wrong = [name for name in known - {*PLACES} if values[name] != config[name]]
+        wrong = [name for name in known - {*PLACES}
+                 if type(values[name]) is not type(config[name]) or values[name] != config[name]]
         wrong += [name for name in known - {*PLACES, "init_from"} if config[name] is None]  # a run has decided it
         if wrong:
             raise ValueError(f"{min(wrong)} is {type(config[min(wrong)]).__name__}")
