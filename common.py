@@ -823,9 +823,9 @@ def save_panels(panels: list[Image.Image], titles: list[str], path: str | Path) 
     """Write pictures of one size side by side, each under its title; ValueError unless there is a title for each."""
     if not panels or len(panels) != len(titles):
         raise ValueError(f"need one title for each panel, got {len(panels)} panels and {len(titles)} titles")
-    (width, height), gap, head = panels[0].size, 8, 26
+    (width, height), gap, head = panels[0].size, 8, 38
     strip = Image.new("RGB", (len(panels) * (width + gap) + gap, head + height + gap), "white")
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(14)
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(24)
     for i, (panel, title) in enumerate(zip(panels, titles)):
         left = gap + i * (width + gap)
         strip.paste(panel, (left, head))

@@ -253,8 +253,8 @@ def build(network: type[nn.Module], config: dict) -> nn.Module:
 
 
 def save_strip(frames: list[Path], real: Image.Image, path: Path) -> None:
-    """Up to eight of the sample pictures, evenly along training, and last the data, side by side."""
-    shown = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 7) for k in range(8)})]
+    """Four of the sample pictures, evenly along training, and last the data, side by side."""
+    shown = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 4) for k in range(1, 5)})]
     titles = [f"step {int(frame.stem):,}" for frame in shown]
     common.save_panels([*map(Image.open, shown), real], [*titles, "data"], path)
 

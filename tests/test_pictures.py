@@ -142,10 +142,10 @@ def test_panels_side_by_side(tmp_path):
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
     p.save_panels([Image.new("RGB", (50, 40), c) for c in colours], ["a", "b", ""], tmp_path / "p.png")
     got = pixels(tmp_path / "p.png")
-    assert got.shape == (26 + 40 + 8, 3 * 58 + 8, 3)
+    assert got.shape == (38 + 40 + 8, 3 * 58 + 8, 3)
     for i, colour in enumerate(colours):
-        assert (got[26:66, 8 + 58 * i : 58 + 58 * i] == colour).all()
-    heads = [(got[:26, 8 + 58 * i : 58 + 58 * i] < 128).any() for i in range(3)]
+        assert (got[38:78, 8 + 58 * i : 58 + 58 * i] == colour).all()
+    heads = [(got[:38, 8 + 58 * i : 58 + 58 * i] < 128).any() for i in range(3)]
     assert heads == [True, True, False]
     for titles in (["a"], []):
         with pytest.raises(ValueError, match="title"):
