@@ -204,7 +204,7 @@ def train(args: argparse.Namespace) -> Path:
     parameters = [*generator.parameters(), *discriminator.parameters()]
     k, smooth, waited, updates = (torch.zeros((), device=device) for _ in range(4))
     lr, best = torch.full_like(k, args.lr), torch.full_like(k, torch.finfo(k.dtype).max)
-    fall = torch.full_like(k, (args.lr - args.lr_min) / args.steps)  # of lr in a step, unless M controls it
+    fall = torch.zeros_like(k) if args.lr_patience else (lr - args.lr_min) / args.steps  # of lr in a step
     optimizer = adam(parameters, lr, args.betas)
     fixed_z = uniform(256, args.latent, device)
     shown = common.normalise(common.spread(images, 256).to(device))

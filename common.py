@@ -68,8 +68,11 @@ def file_lock(path: str | Path, wait: bool) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(ImportError):  # on Windows
             import fcntl
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path, "w"))
+            try:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(path, "w"))
+            except OSError as error:
+                raise OSError(f"cannot write {ascii(str(path))}: {_reason(error)}") from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -101,7 +101,7 @@ def test_resume_rolls_back_to_a_kept_checkpoint(script, flags, tmp_path):
     main, out = module(script).main, tmp_path / "run"
     main([*flags, "--out", str(out), "--keep"])
     whole, table = load(out / "checkpoint.pt"), rows(out)
-    assert sorted(path.name for path in out.glob("checkpoint-*.pt")) == [f"checkpoint-{n:06d}.pt" for n in (2, 4, 6)]
+    assert sorted(path.name for path in out.glob("checkpoint-*.pt")) == [f"checkpoint-{n:06d}.pt" for n in (0, 2, 4, 6)]
     main(["--resume", "--checkpoint", str(out / "checkpoint-000002.pt")])
     assert same_state(whole, load(out / "checkpoint.pt")) and rows(out) == table
 

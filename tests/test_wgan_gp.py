@@ -296,7 +296,7 @@ def test_training_is_the_textbooks(flags, data_flags, pictures, tmp_path, double
         assert not torch.equal(before["state"][part][name], value), name
 
 
-@pytest.mark.parametrize("off", (["--ema", "0"], ["--no-stddev"], ["--no-pixel-norm"], ["--dropout", "0"],
+@pytest.mark.parametrize("off", (["--ema", "0"], ["--no-stddev"], ["--no-pixel-norm"], ["--dropout", "0.5"],
                                  ["--augment"], ["--drift", "0"], ["--gp-weight", "0"]))
 def test_every_switch_counts(off, data_flags, tmp_path):
     flags = [*TINY["wgan_gp"], *data_flags["wgan_gp"], "--steps", "2"]
