@@ -19,7 +19,8 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 IMAGE = "--image-size 16 --batch-size 4".split()
 COMMON = "--steps 6 --log-every 2 --sample-every 3 --save-every 2 --device cpu".split()
 TINY = {
-    "began": [*IMAGE, *COMMON, "--width", "4", "--latent", "8", "--lambda-k", "0.5", "--lr-patience", "150"],
+    "began": [*IMAGE, *COMMON, "--width", "4", "--latent", "8", "--gamma", "0.5", "--lambda-k", "0.5",
+              "--lr-patience", "150"],
     "ebgan": [*IMAGE, *COMMON, "--g-width", "8", "--d-width", "4", "--latent", "8", "--code", "8"],
     "unrolled_gan": ["--batch-size", "4", *COMMON, "--width", "8", "--latent", "4", "--unroll-steps", "2"],
     "wgan_gp": [*IMAGE, *COMMON, "--width", "2", "--latent", "8", "--n-critic", "2",
