@@ -18,7 +18,8 @@ generator G learns to make images that D reconstructs well. A number k_t in [0, 
     python began.py --data celeba --image-size 64 --width 64 --gamma 0.5 --lr 1e-4 --lambda-k 0.001 \\
         --lr-patience 2000 --eta 1 --betas 0.9 0.999 --steps 200000    # the paper's settings at 64x64, on one GPU
 
-Measured: L(G(z)) / L(x) stays within 0.02 of gamma at 0.3, 0.5 and 0.7, and diversity rises with it: 0.53, 0.69, 0.73.
+Measured: L(G(z)) / L(x) stays within 0.02 of gamma at 0.3, 0.5 and 0.7. The default run, in bf16, took 21 minutes on
+one thread of a busy AMD EPYC. Precision 0.86, recall 0.08 (tests/judge.py): clean faces, little of the variety.
 """
 
 import argparse

@@ -20,8 +20,8 @@ The critic C gives real images x high scores and generated ones G(z) low ones. A
     python wgan_gp.py --data cifar10 --n-critic 5 --lr 1e-4 --betas 0 0.9 --no-stddev --no-pixel-norm --dropout 0 \\
         --drift 0 --ema 0 --width 64 --latent 128 --batch-size 64 --steps 200000   # the paper's settings
 
-Measured: recognisable fish after 6 minutes on two CPU cores. The Frechet distance to the data was 105 times that of
-held-out drawings without --augment, and 382 times with it: it does not suit pictures that are all upright.
+Measured: the default run took 17.5 minutes on one thread of a busy AMD EPYC. A stranger says fish at once; the Frechet
+distance is 3.5 times that of held-out fish, precision 0.58, recall 0.69 (tests/judge.py).
 """
 
 import argparse
