@@ -23,7 +23,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -65,18 +64,22 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
 @contextmanager
 def file_lock(path: str | Path, wait: bool) -> Iterator[None]:
     """Hold the lock of a file. Where another process has it: wait, or else OSError. No lock where files have none."""
-    with ExitStack() as stack:
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise OSError(f"cannot write {ascii(str(path))}: {_reason(error)}") from error
+    with file:
         with suppress(ImportError):  # on Windows
             import fcntl
             try:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(path, "w"))
-            except OSError as error:
-                raise OSError(f"cannot write {ascii(str(path))}: {_reason(error)}") from error
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise OSError(f"another process is using {str(Path(path).parent)!r}") from None
+                if not wait:
+                    raise OSError(f"another process is using {str(folder)!r}") from None
+                print(f"waiting for another process that is using {ascii(str(folder))}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:  # on some network drives
                 pass
         yield
@@ -506,20 +509,6 @@ def _stacked(count: int) -> Tensor:
     return torch.randint(count, (25_600, 3), generator=torch.Generator().manual_seed(0))
 
 
-@contextmanager
-def _one_process(root: str) -> Iterator[None]:
-    """Let one process at a time prepare data in `root`."""
-    waiting = threading.Timer(3, print, ["waiting for another process to prepare the data"], {"file": sys.stderr})
-    waiting.daemon = True
-    waiting.start()
-    try:
-        with file_lock(Path(root, "cache", ".lock"), wait=True):
-            waiting.cancel()
-            yield
-    finally:
-        waiting.cancel()
-
-
 def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
     """The training split of a torchvision set, downloaded into `root` if it is not there. Raises OSError."""
     try:
@@ -527,7 +516,7 @@ def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
         data = getattr(datasets, TORCHVISION[source])
         with suppress(RuntimeError):  # not there
             return data(root, download=False)
-        with _one_process(root):
+        with file_lock(Path(root, "cache", ".lock"), wait=True):
             return data(root, download=True)
     except Exception as error:  # no network, a quota, a broken archive, a missing package...
         raise OSError(f"{source} failed ({_reason(error)}); give a folder of pictures: --data FOLDER") from error
@@ -619,7 +608,7 @@ def _cached(name: str, content: list, items: Sequence, read: Callable, image_siz
 
     if ready := mapped("from cache"):
         return ready
-    with _one_process(root), warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd metadata
+    with file_lock(Path(root, "cache", ".lock"), wait=True), warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd metadata
         if ready := mapped("from cache"):  # made by another process meanwhile
             return ready
         began, own, levels, told = time.monotonic(), channels or 3, None, ""
@@ -837,90 +826,65 @@ def save_panels(panels: list[Image.Image], titles: list[str], path: str | Path) 
         strip.save(file)
 
 
-def save_chart(
-    csv_path: str | Path, path: str | Path, panels: list[tuple[str, ...]], log: tuple[str, ...] = ()
-) -> None:
-    """Draw columns of a CSV file against its column "step": a panel for each tuple of names, two panels to a row.
+def save_chart(csv_path: str | Path, path: str | Path, panels: list[tuple[str, ...]]) -> None:
+    """Draw columns of a CSV file against its column "step": a panel for each tuple of at most 6 names.
 
-    A panel gets a log axis if its values are all positive and either `log` names one of its columns or they span more
-    than two decades. Empty and non-finite cells are skipped: the line joins the values on either side. A long column
-    becomes a line of means in a band from the least value to the greatest. Raises ValueError if a column is missing.
+    There are two panels to a row. Positive values that span more than two decades have a logarithmic axis. Empty and
+    non-finite cells are skipped: the line joins the values on either side. ValueError if a column is missing.
     """
     with open(csv_path, newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    cells = dict(zip_longest(header, zip_longest(*rows), fillvalue=()))
-    if missing := {"step", *sum(panels, ())} - cells.keys():
+        reader = csv.DictReader(file)
+        rows, missing = list(reader), {"step", *sum(panels, ())} - set(reader.fieldnames or ())
+    if missing:
         raise ValueError(f"{csv_path} has no column {', '.join(sorted(missing))}")
-    table = {name: np.array([float(c or "nan") for c in cells[name]]) for name in {"step", *sum(panels, ())}}
-    across, scale = min(2, len(panels)), 4  # drawn large, then reduced: Pillow does not smooth lines itself
-    chart = Image.new("RGB", (420 * across, 250 * math.ceil(len(panels) / across)), "white")
+    size = 1680 * min(2, len(panels)), 1000 * math.ceil(len(panels) / 2)
+    chart = Image.new("RGB", size, "white")  # four times too large, because Pillow does not smooth lines itself
     for i, names in enumerate(panels):
-        panel = Image.new("RGB", (420 * scale, 250 * scale), "white")
-        _draw_panel(panel, scale, table["step"], {n: table[n] for n in names}, not set(names).isdisjoint(log))
-        chart.paste(panel.reduce(scale), (420 * (i % across), 250 * (i // across)))
+        lines = {}
+        for name in names:
+            points = np.array([(float(row["step"]), float(row[name] or "nan")) for row in rows]).reshape(-1, 2)
+            lines[name] = points[np.isfinite(points[:, 1])]
+        _draw_panel(ImageDraw.Draw(chart), i % 2 * 1680 + 248, i // 2 * 1000 + 168, lines)
     with atomic_write(path) as file:
-        chart.save(file)
+        chart.reduce(4).save(file)
 
 
-def _draw_panel(panel: Image.Image, scale: int, x: np.ndarray, lines: dict[str, np.ndarray], log: bool) -> None:
-    """Draw one panel of `save_chart` over all of `panel`: legend, axes, and each of `lines` against `x`."""
-    draw, font, ink, pale = ImageDraw.Draw(panel, "RGBA"), ImageFont.load_default(12 * scale), "#444444", "#E8E8E8"
-    left, top, right, bottom = 62 * scale, 34 * scale, panel.width - 30 * scale, panel.height - 42 * scale
-    at = left
-    for name, colour in zip(lines, cycle(LINES)):  # the legend is the panel's title too
-        draw.line((at, top / 2, at + 16 * scale, top / 2), colour, 3 * scale)
-        draw.text((at + 21 * scale, top / 2), name, "black", font, "lm")
-        at += draw.textlength(name, font) + 38 * scale
-
-    known = [(x[ok], y[ok]) for y in lines.values() for ok in [np.isfinite(x) & np.isfinite(y)]]
-    steps, values = (np.concatenate(side) for side in zip(*known))
-    if len(values) == 0:
-        return draw.text(((left + right) / 2, (top + bottom) / 2), "no data yet", ink, font, "mm")
-    log = values.min() > 0 and values.max() / values.min() > (1 if log else 100)
-    to_x, x_ticks = _axis(0, max(1, steps.max()), False, left, right)
-    to_y, y_ticks = _axis(values.min(), values.max(), log, bottom - 8 * scale, top + 8 * scale)
-    for tick in x_ticks:
-        draw.line((to_x(tick), top, to_x(tick), bottom), pale, scale)
-        draw.text((to_x(tick), bottom + 6 * scale), _label(tick), ink, font, "mt")
-    for tick in y_ticks:
-        draw.line((left, to_y(tick), right, to_y(tick)), pale, scale)
-        draw.text((left - 7 * scale, to_y(tick)), _label(tick), ink, font, "rm")
-    draw.line((left, top, left, bottom, right, bottom), "#999999", scale)
-    draw.text(((left + right) / 2, panel.height - 3 * scale), "step", ink, font, "mb")
-
-    for (steps, values), colour in zip(known, cycle(LINES)):
-        if len(values) > 300:
-            starts = np.arange(0, len(values), math.ceil(len(values) / 150))
-            least, most, total = (f.reduceat(values, starts) for f in (np.minimum, np.maximum, np.add))
-            steps, values = steps[starts], total / np.diff(starts, append=len(values))
-            draw.polygon([*zip(to_x(steps), to_y(least)), *zip(to_x(steps[::-1]), to_y(most[::-1]))], colour + "40")
-        if len(values) > 1:
-            draw.line([*zip(to_x(steps), to_y(values))], colour, 7 * scale // 4, "curve")
-        elif len(values) == 1:
-            spot = np.array([to_x(steps[0]), to_y(values[0])])
-            draw.ellipse([*(spot - 3 * scale), *(spot + 3 * scale)], colour)
-
-
-def _label(tick: float) -> str:
-    """Write a tick in few characters: 20,000 or 0.3 or 2e-5."""
-    text = f"{tick:,.10g}" if abs(tick) < 1e6 else f"{tick:g}"
-    return text.replace("e+", "e").replace("e0", "e").replace("e-0", "e-")
-
-
-def _axis(low: float, high: float, log: bool, start: float, end: float) -> tuple[Callable, list[float]]:
-    """The map from values low..high to pixels start..end, and up to about five round values to mark."""
-    if high - low <= 1e-6 * abs(high):
+def _draw_panel(draw: ImageDraw.ImageDraw, left: int, top: int, lines: dict[str, np.ndarray]) -> None:
+    """Draw a panel of `save_chart`: grid and labels, lines of points [N, 2], and a legend as its title."""
+    right, bottom, font, place = left + 1312, top + 632, ImageFont.load_default(48), left
+    points = np.concatenate([*lines.values()])
+    steps, values = points.T if len(points) else (np.array([1]), np.array([0]))
+    last, low, high = max(1, steps.max()), values.min(), values.max()
+    log = low > 0 and high > 100 * low
+    if log:
+        low, high = math.log10(low), math.log10(high)
+    elif high - low <= 1e-6 * abs(high):
         low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
+    to_x, to_y = (right - left) / last, (top - bottom) / (high - low)
+    for tick in _ticks(0, last, 1):
+        x = left + tick * to_x
+        draw.line((x, top - 32, x, bottom + 32), "#E8E8E8", 4)
+        draw.text((x, bottom + 56), f"{tick:,.6g}", "#444444", font, "mt")
+    for tick in _ticks(low, high, 1 if log else 0):
+        y = bottom + (tick - low) * to_y
+        draw.line((left, y, right, y), "#E8E8E8", 4)
+        draw.text((left - 28, y), f"{10**tick if log else tick:,.6g}", "#444444", font, "rm")
+    draw.text(((left + right) / 2, bottom + 188), "step", "#444444", font, "mb")
+    for (name, points), colour in zip(lines.items(), LINES):
+        x, y = points.T
+        y = np.log10(y) if log else y
+        if len(points):
+            draw.line([*zip(left + x * to_x, bottom + (y - low) * to_y)], colour, 7, "curve")
+        draw.line((place, top - 100, place + 64, top - 100), colour, 12)
+        draw.text((place + 84, top - 100), name, "black", font, "lm")
+        place += draw.textlength(name, font) + 152
+
+
+def _ticks(low: float, high: float, least: float) -> list[float]:
+    """Two to six round values from low to high, with steps of at least `least` between them."""
     unit = 10.0 ** math.floor(math.log10((high - low) / 5))
-    unit *= next(m for m in (1, 2, 5, 10) if m * unit * 5 >= (high - low) * 0.999)
-    ticks = [k * unit for k in range(math.ceil(low / unit - 1e-6), math.floor(high / unit + 1e-6) + 1)]
-    if not log:
-        return lambda v: start + (v - low) / (high - low) * (end - start), ticks
-    if high / low > 10:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        every, factors = math.ceil(len(powers) / 7), (1,) if high / low > 1000 else (1, 3)
-        ticks = [t for power in powers[::every] for f in factors if low <= (t := float(f"{f}e{power}")) <= high]
-    return lambda v: start + np.log(v / low) / math.log(high / low) * (end - start), ticks
+    unit = max(least, next(m * unit for m in (1, 2, 5, 10) if m * unit * 5 >= (high - low) * 0.999))
+    return [k * unit for k in range(math.ceil(low / unit - 1e-6), math.floor(high / unit + 1e-6) + 1)]
 
 
 def _rows(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
