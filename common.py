@@ -473,18 +473,18 @@ def spread(images: Tensor, count: int) -> Tensor:
     return torch.stack(list({image.cpu().numpy().tobytes(): image for image in chosen}.values()))
 
 
-def to_array(image: Image.Image, image_size: int, channels: int, levels: tuple | None = None) -> np.ndarray:
+def to_array(image: Image.Image, image_size: int, channels: int, levels: tuple = (0, 255)) -> np.ndarray:
     """A picture of any mode and shape as uint8 [channels, image_size, image_size]; ValueError above MAX_PIXELS.
 
     EXIF orientation is applied, the central square is resized (bicubic, antialiased) and composited on white.
-    levels: black and white of greyscale with more than 8 bits; by default those of this picture alone.
+    levels: the values of black and white in greyscale with more than 8 bits.
     """
     image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG need not be decoded much larger than this
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # scaled here, because Pillow's own conversion clips at 255
-        black, white = levels or _levels(image)[1:]
+        black, white = levels
         grey = np.nan_to_num(np.asarray(image, np.float32), nan=black).clip(black, white) - black
         image = Image.fromarray((grey * (255 / (white - black or 1))).round().astype(np.uint8))
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -495,13 +495,14 @@ def to_array(image: Image.Image, image_size: int, channels: int, levels: tuple |
     return np.ascontiguousarray(np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1))
 
 
-def _levels(image: Image.Image) -> tuple[str, float, float]:
-    """The mode of a picture and, of greyscale with more than 8 bits, its least and greatest value or 0."""
+def _levels(image: Image.Image) -> tuple[int, float, float]:
+    """A picture's channels and, of greyscale with more than 8 bits, its least and greatest value or 0."""
+    channels = 1 if Image.getmodebase(image.mode) == "L" else 3
     if image.mode[0] not in "IF" or image.width * image.height > MAX_PIXELS:
-        return image.mode, 0.0, 0.0
+        return channels, 0.0, 0.0
     values = np.asarray(image, np.float32)
     values = values[np.isfinite(values)]
-    return image.mode, float(values.min(initial=0)), float(values.max(initial=0))
+    return channels, float(values.min(initial=0)), float(values.max(initial=0))
 
 
 def _stacked(count: int) -> Tensor:
@@ -546,13 +547,15 @@ def _read_folder(folder: str, image_size: int, channels: int | None, root: str, 
             folders.clear()
             continue
         seen.add(real)
-        unread.update(Path(name).suffix.lower() for name in files if not name.lower().endswith(SUFFIXES))
-        for path in [os.path.join(where, name) for name in files if name.lower().endswith(SUFFIXES)]:
-            stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.exists(path) else []
-            found.append([path[start:], *stamp])
+        for path in [os.path.join(where, name) for name in files]:
+            if path.lower().endswith(SUFFIXES):
+                stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.exists(path) else []
+                found.append([path[start:], *stamp])
+            else:
+                unread[ascii(Path(path).suffix.lower())[1:-1][:9] or "unnamed"] += 1
     found = sorted(entry for entry in found if not celeba or entry[0] in celeba)
     name, names = os.path.abspath(folder), [entry[0] for entry in found]
-    most = ", ".join(f"{count:,} {ascii(suffix)[1:-1][:9] or 'unnamed'}" for suffix, count in unread.most_common(5))
+    most = ", ".join(f"{count:,} {suffix}" for suffix, count in unread.most_common(5))
     remark = f", {unread.total():,} files not read ({most})" if unread and not celeba else ""
     return _cached(name, [found, bool(celeba)], names, read, image_size, channels, root, not celeba, remark)[0]
 
@@ -573,7 +576,7 @@ def _cached(name: str, content: list, items: Sequence, read: Callable, image_siz
     stem = f"{re.sub('[^A-Za-z0-9]+', '-', shown)[:40]}-{place}-{image_size}x"
 
     def mapped(how: str) -> tuple[Tensor, dict] | None:
-        for number in (channels,) if channels else (1, 3):
+        for number in [channels] if channels else [1, 3]:
             file = folder / f"{stem}{number}-{state}.u8"
             with suppress(Exception), open(file, "rb") as opened:  # not there, or damaged
                 notes = json.loads(file.with_suffix(".json").read_text())
@@ -583,45 +586,44 @@ def _cached(name: str, content: list, items: Sequence, read: Callable, image_siz
                 for index in range(0, len(images), every):
                     opened.seek(index * images[0].nbytes)
                     sums.append(zlib.crc32(opened.read(images[0].nbytes)))
-                if sums == notes["checksums"][::every] and (channels or notes["own"]) == number:
+                if sums == notes["checksums"][::every] and number == (channels or notes["own"]):
                     told = f"{how}, {len(notes['skipped']):,} skipped{notes['remark']}{remark}"
                     print(f"{shown}: {len(images):,} pictures {told}", file=sys.stderr)
                     return images, notes
         return None
 
-    def attempt(task: Callable, item: int | str) -> tuple:
-        try:
-            image, label = read(item)
-            with image:
-                return task(image), label
-        except Exception as error:  # Pillow raises nearly every kind, MemoryError and struct.error among them
-            return None, [item, _reason(error)]
-
     def each(task: Callable, told: str) -> Iterator[tuple]:
+        def attempt(item: int | str) -> tuple:
+            try:
+                image, label = read(item)
+                with image:
+                    return task(image), label
+            except Exception as error:  # Pillow raises nearly every kind, MemoryError and struct.error among them
+                return None, [item, _reason(error)]
+
         last, every, end = time.monotonic(), *((0.1, "\r") if sys.stderr.isatty() else (10, "\n"))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for first in range(0, len(items), 256):  # in portions, because pool.map queues all that it is given
                 if (now := time.monotonic()) - last > every:
                     last = now
                     print(f"{shown}: {told} {first:,} of {len(items):,} ", end=end, file=sys.stderr)
-                yield from pool.map(functools.partial(attempt, task), items[first:first + 256])
+                yield from pool.map(attempt, items[first:first + 256])
 
     if ready := mapped("from cache"):
         return ready
-    with file_lock(Path(root, "cache", ".lock"), wait=True), warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd metadata
+    with file_lock(folder / ".lock", wait=True), warnings.catch_warnings(action="ignore"):  # Pillow's, on odd metadata
         if ready := mapped("from cache"):  # made by another process meanwhile
             return ready
-        began, own, levels, told = time.monotonic(), channels or 3, None, ""
+        began, own, low, high, told = time.monotonic(), channels or 3, 0, 0, ""
         if survey and (looks := [look for look, _ in each(_levels, "looked at") if look]):
-            modes, least, most = zip(*looks)
-            own = 1 if {Image.getmodebase(mode) for mode in modes} == {"L"} else 3
-            levels = min(least), max(most)
-            if levels != (0, 0):
-                told = f", grey levels above 8 bits: {levels[0]:g} to {levels[1]:g} scaled to 0 to 255"
+            kinds, lows, highs = zip(*looks)
+            own, low, high = max(kinds), min(lows), max(highs)
+            if low != high:
+                told = f", grey levels above 8 bits: {low:g} to {high:g} scaled to 0 to 255"
         number, labels, skipped, checksums, flat = channels or own, [], [], [], 0
         file = folder / f"{stem}{number}-{state}.u8"
         with atomic_write(file) as out:
-            for array, label in each(lambda image: to_array(image, image_size, number, levels), "decoded"):
+            for array, label in each(lambda image: to_array(image, image_size, number, (low, high)), "decoded"):
                 if array is None:
                     skipped.append(label)
                     continue
@@ -853,8 +855,9 @@ def _draw_panel(draw: ImageDraw.ImageDraw, left: int, top: int, lines: dict[str,
     """Draw a panel of `save_chart`: grid and labels, lines of points [N, 2], and a legend as its title."""
     right, bottom, font, place = left + 1312, top + 632, ImageFont.load_default(48), left
     points = np.concatenate([*lines.values()])
-    steps, values = points.T if len(points) else (np.array([1]), np.array([0]))
-    last, low, high = max(1, steps.max()), values.min(), values.max()
+    last, low, high = 1, 0, 1
+    if len(points):
+        last, low, high = max(1, points[:, 0].max()), points[:, 1].min(), points[:, 1].max()
     log = low > 0 and high > 100 * low
     if log:
         low, high = math.log10(low), math.log10(high)
@@ -936,7 +939,6 @@ def diversity_ratio(samples: Tensor, data: Tensor) -> float:
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
-
 USES = ("checkpoint", "resume", "sample", "interpolate", "embed")  # flags that are not settings of a run
 PLACES = ("out", "data_root")  # settings that a checkpoint does not decide: a foreign one could name any folder
 
@@ -997,7 +999,11 @@ class Parser(argparse.ArgumentParser):
             if not os.path.isdir(args.out) or any(name[0] != "." for name in os.listdir(args.out)):
                 self.error(f"argument --out: {args.out} is not empty; name a new folder, or --resume the run in it")
         if used and not args.checkpoint:
-            args.checkpoint = newest(f"runs/{self.script}-*/checkpoint.pt")
+            pattern = f"runs/{self.script}-*/checkpoint.pt"
+            found = sorted(Path().glob(pattern), key=os.path.getmtime)
+            if not found:
+                raise FileNotFoundError(f"no {pattern} in {os.getcwd()!r}; name a file by --checkpoint")
+            args.checkpoint = str(found[-1])
         return args
 
     def check_saved(self, config: object) -> None:
@@ -1069,22 +1075,14 @@ def next_folder(stem: str | Path) -> Path:
             return folder
 
 
-def newest(pattern: str) -> str:
-    """The file changed last of those below the working directory that match. Raises FileNotFoundError."""
-    found = sorted(Path().glob(pattern), key=os.path.getmtime)
-    if not found:
-        raise FileNotFoundError(f"no {pattern} in {str(Path.cwd())!r}; name a file by --checkpoint")
-    return str(found[-1])
-
-
 @contextmanager
 def on_signals(act: Callable) -> Iterator[None]:
     """Call `act` on Ctrl-C, SIGTERM and SIGHUP; but not in a thread, where Python allows no handlers."""
-    kinds = [kind for name in ("SIGINT", "SIGTERM", "SIGHUP") if (kind := getattr(signal, name, None))]
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        kinds.append(signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         kinds = []
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
-        kinds = kinds[:2]
     former = {kind: signal.signal(kind, act) for kind in kinds}
     try:
         yield
@@ -1136,26 +1134,19 @@ def only_warn(what: str) -> Iterator[None]:
         print(f"warning: {what}: {_reason(error)}", file=sys.stderr, flush=True)
 
 
-def digest(images: Tensor) -> Tensor:
-    """How many images there are, and a checksum of 256 of them: int64 [2]."""
-    return torch.tensor([len(images), zlib.crc32(spread(images, 256).numpy().tobytes())])
-
-
 def load_checkpoint(path: str | Path) -> dict:
     """The dict that torch.save wrote, on the CPU; no code in it is run. Raises OSError; ValueError for other files."""
     if not os.path.isfile(path):  # to open a pipe would be to wait for ever
         raise FileNotFoundError(f"no checkpoint {str(path)!r}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare checksums
+            if damaged := archive.testzip():  # torch.load does not compare checksums
+                raise ValueError(f"{damaged} has a wrong checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if content.keys() != {"script", "config", "state"} or not isinstance(content["state"], dict):
+            raise ValueError("it is not of a run")
     except Exception as error:  # whatever a damaged file makes them raise, OSError among it
         raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({_reason(error)})") from error
-    if damaged:
-        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({damaged} has a wrong checksum)")
-    parts = content if isinstance(content, dict) else {}
-    if parts.keys() != {"script", "config", "state"} or not isinstance(parts["state"], dict):
-        raise ValueError(f"{str(path)!r} is not a checkpoint of a run")
     return content
 
 
@@ -1218,15 +1209,15 @@ class Record:
     """What a run leaves in its folder: checkpoints, config.json, metrics.csv, pictures; and its line on the screen.
 
     `state` belongs in the run's checkpoints: the step, the sums of the metrics since the step of the last row, the
-    random numbers and a digest of the images. While a record is open, no other process can write to the folder. With
-    `writes` off, as on other ranks than 0, it only counts. Raises OSError.
+    random numbers, and how many images there are with a checksum of 256 of them. While a record is open, no other
+    process can write to the folder. With `writes` off, as on other ranks than 0, it only counts. Raises OSError.
     """
 
     def __init__(self, script: str, settings: dict, metrics: Sequence[str], device: torch.device,
-                 images: Tensor | None = None, writes: bool = True):
+                 images: Tensor, writes: bool = True):
         self.script, self.metrics, self.writes, self.lock = script, metrics, writes, ExitStack()
         self.config = {name: value for name, value in settings.items() if name not in USES}
-        self.images = digest(images) if images is not None else torch.zeros(2, dtype=torch.int64)
+        self.images = torch.tensor([len(images), zlib.crc32(spread(images, 256).numpy().tobytes())])
         self.state = {"step": torch.tensor(0), "logged": torch.tensor(0), "rng": random_state(),
                       "totals": torch.zeros(len(metrics), device=device), "images": self.images.clone()}
         self.rows, self.warning, self.earlier = deque(maxlen=200), None, None
@@ -1234,17 +1225,16 @@ class Record:
     def __enter__(self) -> "Record":
         if not self.state["logged"] <= self.state["step"] <= self.config["steps"]:
             raise ValueError(f"the checkpoint is of step {self.state['step']} of {self.config['steps']}")
+        self.first, self.began, self.told = int(self.state["step"]), time.monotonic(), time.monotonic()
         if self.writes:
             self.config["out"] = self.config["out"] or str(next_folder(f"runs/{self.script}"))
             self.lock.enter_context(file_lock(Path(self.config["out"], ".lock"), wait=False))
             for leftover in Path(self.config["out"]).glob(".*.tmp.*"):  # of a process that was killed
                 leftover.unlink()
-        self.folder = Path(self.config["out"] or "")
-        self.first, self.began, self.told = int(self.state["step"]), time.monotonic(), time.monotonic()
-        if self.writes:
-            print(f"{self.script}: {self.folder}, step {self.first} to {self.config['steps']}", flush=True)
+            print(f"{self.script}: {self.config['out']}, step {self.first} to {self.config['steps']}", flush=True)
             if not torch.equal(self.images, self.state["images"]):
                 self.warn(f"the data have changed: {self.images[0]:,} pictures now, {self.state['images'][0]:,} before")
+        self.folder = Path(self.config["out"] or "")
         self.state["images"].copy_(self.images)
         return self
 
@@ -1291,17 +1281,18 @@ class Record:
         A table that is not ours is set aside with a warning.
         """
         table = self.folder / "metrics.csv"
-        with suppress(FileNotFoundError):
-            try:
-                found, *rows = table.read_text("utf-8-sig").splitlines(True)
-                if found != header:
-                    raise ValueError("it has other columns")
-                whole = [row for row in rows if row[-1] == "\n" and row.count(",") == header.count(",")]
-                kept = [row for row in whole if int(row.partition(",")[0]) <= self.first]
-                return kept, float(kept[-1].rpartition(",")[2]) if kept else 0.0
-            except (ValueError, OSError) as error:
-                os.replace(table, table.with_name("metrics-unreadable.csv"))
-                print(f"warning: {table} is now metrics-unreadable.csv: {_reason(error)}", file=sys.stderr, flush=True)
+        try:
+            found, *rows = table.read_text("utf-8-sig").splitlines(True)
+            if found != header:
+                raise ValueError("it has other columns")
+            whole = [row for row in rows if row[-1] == "\n" and row.count(",") == header.count(",")]
+            kept = [row for row in whole if int(row.partition(",")[0]) <= self.first]
+            return kept, float(kept[-1].rpartition(",")[2]) if kept else 0.0
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError) as error:
+            os.replace(table, table.with_name("metrics-unreadable.csv"))
+            print(f"warning: {table} is now metrics-unreadable.csv: {_reason(error)}", file=sys.stderr, flush=True)
         return [], 0.0
 
     def _tell(self, means: dict[str, float]) -> None:
@@ -1360,6 +1351,5 @@ class Record:
 
     def frames(self) -> list[Path]:
         """The sample pictures so far, in the order of their steps."""
-        found = [path for path in self.folder.glob("samples/*.png") if path.stem.isdecimal()]
-        found = [path for path in found if int(path.stem) <= self.state["step"]]
-        return sorted(found, key=lambda path: int(path.stem))
+        found = {int(path.stem): path for path in self.folder.glob("samples/*.png") if path.stem.isdecimal()}
+        return [found[step] for step in sorted(found) if step <= self.state["step"]]

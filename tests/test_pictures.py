@@ -240,9 +240,9 @@ def test_chart_names_missing_columns(tmp_path):
 def test_chart_of_many_rows_is_fast(tmp_path):
     values = np.random.default_rng(0).normal(size=20_000)
     write(tmp_path / "m.csv", "step,a", enumerate(values))
-    start = time.perf_counter()
+    start = time.process_time()
     p.save_chart(tmp_path / "m.csv", tmp_path / "m.png", [("a",)])
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("low, high, log, want", [
