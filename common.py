@@ -23,7 +23,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -65,18 +64,22 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
 @contextmanager
 def file_lock(path: str | Path, wait: bool) -> Iterator[None]:
     """Hold the lock of a file. Where another process has it: wait, or else OSError. No lock where files have none."""
-    with ExitStack() as stack:
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise OSError(f"cannot write {ascii(str(path))}: {_reason(error)}") from error
+    with file:
         with suppress(ImportError):  # on Windows
             import fcntl
             try:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(path, "w"))
-            except OSError as error:
-                raise OSError(f"cannot write {ascii(str(path))}: {_reason(error)}") from error
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise OSError(f"another process is using {str(Path(path).parent)!r}") from None
+                if not wait:
+                    raise OSError(f"another process is using {str(folder)!r}") from None
+                print(f"waiting for another process that is using {ascii(str(folder))}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:  # on some network drives
                 pass
         yield
@@ -470,18 +473,18 @@ def spread(images: Tensor, count: int) -> Tensor:
     return torch.stack(list({image.cpu().numpy().tobytes(): image for image in chosen}.values()))
 
 
-def to_array(image: Image.Image, image_size: int, channels: int, levels: tuple | None = None) -> np.ndarray:
+def to_array(image: Image.Image, image_size: int, channels: int, levels: tuple = (0, 255)) -> np.ndarray:
     """A picture of any mode and shape as uint8 [channels, image_size, image_size]; ValueError above MAX_PIXELS.
 
     EXIF orientation is applied, the central square is resized (bicubic, antialiased) and composited on white.
-    levels: black and white of greyscale with more than 8 bits; by default those of this picture alone.
+    levels: the values of black and white in greyscale with more than 8 bits.
     """
     image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG need not be decoded much larger than this
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # scaled here, because Pillow's own conversion clips at 255
-        black, white = levels or _levels(image)[1:]
+        black, white = levels
         grey = np.nan_to_num(np.asarray(image, np.float32), nan=black).clip(black, white) - black
         image = Image.fromarray((grey * (255 / (white - black or 1))).round().astype(np.uint8))
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -492,32 +495,19 @@ def to_array(image: Image.Image, image_size: int, channels: int, levels: tuple |
     return np.ascontiguousarray(np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1))
 
 
-def _levels(image: Image.Image) -> tuple[str, float, float]:
-    """The mode of a picture and, of greyscale with more than 8 bits, its least and greatest value or 0."""
+def _levels(image: Image.Image) -> tuple[int, float, float]:
+    """A picture's channels and, of greyscale with more than 8 bits, its least and greatest value or 0."""
+    channels = 1 if Image.getmodebase(image.mode) == "L" else 3
     if image.mode[0] not in "IF" or image.width * image.height > MAX_PIXELS:
-        return image.mode, 0.0, 0.0
+        return channels, 0.0, 0.0
     values = np.asarray(image, np.float32)
     values = values[np.isfinite(values)]
-    return image.mode, float(values.min(initial=0)), float(values.max(initial=0))
+    return channels, float(values.min(initial=0)), float(values.max(initial=0))
 
 
 def _stacked(count: int) -> Tensor:
     """Which of `count` digits are the red, green and blue of 25,600 stacked pictures."""
     return torch.randint(count, (25_600, 3), generator=torch.Generator().manual_seed(0))
-
-
-@contextmanager
-def _one_process(root: str) -> Iterator[None]:
-    """Let one process at a time prepare data in `root`."""
-    waiting = threading.Timer(3, print, ["waiting for another process to prepare the data"], {"file": sys.stderr})
-    waiting.daemon = True
-    waiting.start()
-    try:
-        with file_lock(Path(root, "cache", ".lock"), wait=True):
-            waiting.cancel()
-            yield
-    finally:
-        waiting.cancel()
 
 
 def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
@@ -527,7 +517,7 @@ def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
         data = getattr(datasets, TORCHVISION[source])
         with suppress(RuntimeError):  # not there
             return data(root, download=False)
-        with _one_process(root):
+        with file_lock(Path(root, "cache", ".lock"), wait=True):
             return data(root, download=True)
     except Exception as error:  # no network, a quota, a broken archive, a missing package...
         raise OSError(f"{source} failed ({_reason(error)}); give a folder of pictures: --data FOLDER") from error
@@ -557,13 +547,15 @@ def _read_folder(folder: str, image_size: int, channels: int | None, root: str, 
             folders.clear()
             continue
         seen.add(real)
-        unread.update(Path(name).suffix.lower() for name in files if not name.lower().endswith(SUFFIXES))
-        for path in [os.path.join(where, name) for name in files if name.lower().endswith(SUFFIXES)]:
-            stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.exists(path) else []
-            found.append([path[start:], *stamp])
+        for path in [os.path.join(where, name) for name in files]:
+            if path.lower().endswith(SUFFIXES):
+                stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.exists(path) else []
+                found.append([path[start:], *stamp])
+            else:
+                unread[ascii(Path(path).suffix.lower())[1:-1][:9] or "unnamed"] += 1
     found = sorted(entry for entry in found if not celeba or entry[0] in celeba)
     name, names = os.path.abspath(folder), [entry[0] for entry in found]
-    most = ", ".join(f"{count:,} {ascii(suffix)[1:-1][:9] or 'unnamed'}" for suffix, count in unread.most_common(5))
+    most = ", ".join(f"{count:,} {suffix}" for suffix, count in unread.most_common(5))
     remark = f", {unread.total():,} files not read ({most})" if unread and not celeba else ""
     return _cached(name, [found, bool(celeba)], names, read, image_size, channels, root, not celeba, remark)[0]
 
@@ -584,7 +576,7 @@ def _cached(name: str, content: list, items: Sequence, read: Callable, image_siz
     stem = f"{re.sub('[^A-Za-z0-9]+', '-', shown)[:40]}-{place}-{image_size}x"
 
     def mapped(how: str) -> tuple[Tensor, dict] | None:
-        for number in (channels,) if channels else (1, 3):
+        for number in [channels] if channels else [1, 3]:
             file = folder / f"{stem}{number}-{state}.u8"
             with suppress(Exception), open(file, "rb") as opened:  # not there, or damaged
                 notes = json.loads(file.with_suffix(".json").read_text())
@@ -594,45 +586,44 @@ def _cached(name: str, content: list, items: Sequence, read: Callable, image_siz
                 for index in range(0, len(images), every):
                     opened.seek(index * images[0].nbytes)
                     sums.append(zlib.crc32(opened.read(images[0].nbytes)))
-                if sums == notes["checksums"][::every] and (channels or notes["own"]) == number:
+                if sums == notes["checksums"][::every] and number == (channels or notes["own"]):
                     told = f"{how}, {len(notes['skipped']):,} skipped{notes['remark']}{remark}"
                     print(f"{shown}: {len(images):,} pictures {told}", file=sys.stderr)
                     return images, notes
         return None
 
-    def attempt(task: Callable, item: int | str) -> tuple:
-        try:
-            image, label = read(item)
-            with image:
-                return task(image), label
-        except Exception as error:  # Pillow raises nearly every kind, MemoryError and struct.error among them
-            return None, [item, _reason(error)]
-
     def each(task: Callable, told: str) -> Iterator[tuple]:
+        def attempt(item: int | str) -> tuple:
+            try:
+                image, label = read(item)
+                with image:
+                    return task(image), label
+            except Exception as error:  # Pillow raises nearly every kind, MemoryError and struct.error among them
+                return None, [item, _reason(error)]
+
         last, every, end = time.monotonic(), *((0.1, "\r") if sys.stderr.isatty() else (10, "\n"))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for first in range(0, len(items), 256):  # in portions, because pool.map queues all that it is given
                 if (now := time.monotonic()) - last > every:
                     last = now
                     print(f"{shown}: {told} {first:,} of {len(items):,} ", end=end, file=sys.stderr)
-                yield from pool.map(functools.partial(attempt, task), items[first:first + 256])
+                yield from pool.map(attempt, items[first:first + 256])
 
     if ready := mapped("from cache"):
         return ready
-    with _one_process(root), warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd metadata
+    with file_lock(folder / ".lock", wait=True), warnings.catch_warnings(action="ignore"):  # Pillow's, on odd metadata
         if ready := mapped("from cache"):  # made by another process meanwhile
             return ready
-        began, own, levels, told = time.monotonic(), channels or 3, None, ""
+        began, own, low, high, told = time.monotonic(), channels or 3, 0, 0, ""
         if survey and (looks := [look for look, _ in each(_levels, "looked at") if look]):
-            modes, least, most = zip(*looks)
-            own = 1 if {Image.getmodebase(mode) for mode in modes} == {"L"} else 3
-            levels = min(least), max(most)
-            if levels != (0, 0):
-                told = f", grey levels above 8 bits: {levels[0]:g} to {levels[1]:g} scaled to 0 to 255"
+            kinds, lows, highs = zip(*looks)
+            own, low, high = max(kinds), min(lows), max(highs)
+            if low != high:
+                told = f", grey levels above 8 bits: {low:g} to {high:g} scaled to 0 to 255"
         number, labels, skipped, checksums, flat = channels or own, [], [], [], 0
         file = folder / f"{stem}{number}-{state}.u8"
         with atomic_write(file) as out:
-            for array, label in each(lambda image: to_array(image, image_size, number, levels), "decoded"):
+            for array, label in each(lambda image: to_array(image, image_size, number, (low, high)), "decoded"):
                 if array is None:
                     skipped.append(label)
                     continue
@@ -837,90 +828,66 @@ def save_panels(panels: list[Image.Image], titles: list[str], path: str | Path) 
         strip.save(file)
 
 
-def save_chart(
-    csv_path: str | Path, path: str | Path, panels: list[tuple[str, ...]], log: tuple[str, ...] = ()
-) -> None:
-    """Draw columns of a CSV file against its column "step": a panel for each tuple of names, two panels to a row.
+def save_chart(csv_path: str | Path, path: str | Path, panels: list[tuple[str, ...]]) -> None:
+    """Draw columns of a CSV file against its column "step": a panel for each tuple of at most 6 names.
 
-    A panel gets a log axis if its values are all positive and either `log` names one of its columns or they span more
-    than two decades. Empty and non-finite cells are skipped: the line joins the values on either side. A long column
-    becomes a line of means in a band from the least value to the greatest. Raises ValueError if a column is missing.
+    There are two panels to a row. Positive values that span more than two decades have a logarithmic axis. Empty and
+    non-finite cells are skipped: the line joins the values on either side. ValueError if a column is missing.
     """
     with open(csv_path, newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    cells = dict(zip_longest(header, zip_longest(*rows), fillvalue=()))
-    if missing := {"step", *sum(panels, ())} - cells.keys():
+        reader = csv.DictReader(file)
+        rows, missing = list(reader), {"step", *sum(panels, ())} - set(reader.fieldnames or ())
+    if missing:
         raise ValueError(f"{csv_path} has no column {', '.join(sorted(missing))}")
-    table = {name: np.array([float(c or "nan") for c in cells[name]]) for name in {"step", *sum(panels, ())}}
-    across, scale = min(2, len(panels)), 4  # drawn large, then reduced: Pillow does not smooth lines itself
-    chart = Image.new("RGB", (420 * across, 250 * math.ceil(len(panels) / across)), "white")
+    size = 1680 * min(2, len(panels)), 1000 * math.ceil(len(panels) / 2)
+    chart = Image.new("RGB", size, "white")  # four times too large, because Pillow does not smooth lines itself
     for i, names in enumerate(panels):
-        panel = Image.new("RGB", (420 * scale, 250 * scale), "white")
-        _draw_panel(panel, scale, table["step"], {n: table[n] for n in names}, not set(names).isdisjoint(log))
-        chart.paste(panel.reduce(scale), (420 * (i % across), 250 * (i // across)))
+        lines = {}
+        for name in names:
+            points = np.array([(float(row["step"]), float(row[name] or "nan")) for row in rows]).reshape(-1, 2)
+            lines[name] = points[np.isfinite(points[:, 1])]
+        _draw_panel(ImageDraw.Draw(chart), i % 2 * 1680 + 248, i // 2 * 1000 + 168, lines)
     with atomic_write(path) as file:
-        chart.save(file)
+        chart.reduce(4).save(file)
 
 
-def _draw_panel(panel: Image.Image, scale: int, x: np.ndarray, lines: dict[str, np.ndarray], log: bool) -> None:
-    """Draw one panel of `save_chart` over all of `panel`: legend, axes, and each of `lines` against `x`."""
-    draw, font, ink, pale = ImageDraw.Draw(panel, "RGBA"), ImageFont.load_default(12 * scale), "#444444", "#E8E8E8"
-    left, top, right, bottom = 62 * scale, 34 * scale, panel.width - 30 * scale, panel.height - 42 * scale
-    at = left
-    for name, colour in zip(lines, cycle(LINES)):  # the legend is the panel's title too
-        draw.line((at, top / 2, at + 16 * scale, top / 2), colour, 3 * scale)
-        draw.text((at + 21 * scale, top / 2), name, "black", font, "lm")
-        at += draw.textlength(name, font) + 38 * scale
-
-    known = [(x[ok], y[ok]) for y in lines.values() for ok in [np.isfinite(x) & np.isfinite(y)]]
-    steps, values = (np.concatenate(side) for side in zip(*known))
-    if len(values) == 0:
-        return draw.text(((left + right) / 2, (top + bottom) / 2), "no data yet", ink, font, "mm")
-    log = values.min() > 0 and values.max() / values.min() > (1 if log else 100)
-    to_x, x_ticks = _axis(0, max(1, steps.max()), False, left, right)
-    to_y, y_ticks = _axis(values.min(), values.max(), log, bottom - 8 * scale, top + 8 * scale)
-    for tick in x_ticks:
-        draw.line((to_x(tick), top, to_x(tick), bottom), pale, scale)
-        draw.text((to_x(tick), bottom + 6 * scale), _label(tick), ink, font, "mt")
-    for tick in y_ticks:
-        draw.line((left, to_y(tick), right, to_y(tick)), pale, scale)
-        draw.text((left - 7 * scale, to_y(tick)), _label(tick), ink, font, "rm")
-    draw.line((left, top, left, bottom, right, bottom), "#999999", scale)
-    draw.text(((left + right) / 2, panel.height - 3 * scale), "step", ink, font, "mb")
-
-    for (steps, values), colour in zip(known, cycle(LINES)):
-        if len(values) > 300:
-            starts = np.arange(0, len(values), math.ceil(len(values) / 150))
-            least, most, total = (f.reduceat(values, starts) for f in (np.minimum, np.maximum, np.add))
-            steps, values = steps[starts], total / np.diff(starts, append=len(values))
-            draw.polygon([*zip(to_x(steps), to_y(least)), *zip(to_x(steps[::-1]), to_y(most[::-1]))], colour + "40")
-        if len(values) > 1:
-            draw.line([*zip(to_x(steps), to_y(values))], colour, 7 * scale // 4, "curve")
-        elif len(values) == 1:
-            spot = np.array([to_x(steps[0]), to_y(values[0])])
-            draw.ellipse([*(spot - 3 * scale), *(spot + 3 * scale)], colour)
-
-
-def _label(tick: float) -> str:
-    """Write a tick in few characters: 20,000 or 0.3 or 2e-5."""
-    text = f"{tick:,.10g}" if abs(tick) < 1e6 else f"{tick:g}"
-    return text.replace("e+", "e").replace("e0", "e").replace("e-0", "e-")
-
-
-def _axis(low: float, high: float, log: bool, start: float, end: float) -> tuple[Callable, list[float]]:
-    """The map from values low..high to pixels start..end, and up to about five round values to mark."""
-    if high - low <= 1e-6 * abs(high):
+def _draw_panel(draw: ImageDraw.ImageDraw, left: int, top: int, lines: dict[str, np.ndarray]) -> None:
+    """Draw a panel of `save_chart`: grid and labels, lines of points [N, 2], and a legend as its title."""
+    right, bottom, font, place = left + 1312, top + 632, ImageFont.load_default(48), left
+    points = np.concatenate([*lines.values()])
+    last, low, high = 1, 0, 1
+    if len(points):
+        last, low, high = max(1, points[:, 0].max()), points[:, 1].min(), points[:, 1].max()
+    log = low > 0 and high > 100 * low
+    if log:
+        low, high = math.log10(low), math.log10(high)
+    elif high - low <= 1e-6 * abs(high):
         low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
+    to_x, to_y = (right - left) / last, (top - bottom) / (high - low)
+    for tick in _ticks(0, last, 1):
+        x = left + tick * to_x
+        draw.line((x, top - 32, x, bottom + 32), "#E8E8E8", 4)
+        draw.text((x, bottom + 56), f"{tick:,.6g}", "#444444", font, "mt")
+    for tick in _ticks(low, high, 1 if log else 0):
+        y = bottom + (tick - low) * to_y
+        draw.line((left, y, right, y), "#E8E8E8", 4)
+        draw.text((left - 28, y), f"{10**tick if log else tick:,.6g}", "#444444", font, "rm")
+    draw.text(((left + right) / 2, bottom + 188), "step", "#444444", font, "mb")
+    for (name, points), colour in zip(lines.items(), LINES):
+        x, y = points.T
+        y = np.log10(y) if log else y
+        if len(points):
+            draw.line([*zip(left + x * to_x, bottom + (y - low) * to_y)], colour, 7, "curve")
+        draw.line((place, top - 100, place + 64, top - 100), colour, 12)
+        draw.text((place + 84, top - 100), name, "black", font, "lm")
+        place += draw.textlength(name, font) + 152
+
+
+def _ticks(low: float, high: float, least: float) -> list[float]:
+    """Two to six round values from low to high, with steps of at least `least` between them."""
     unit = 10.0 ** math.floor(math.log10((high - low) / 5))
-    unit *= next(m for m in (1, 2, 5, 10) if m * unit * 5 >= (high - low) * 0.999)
-    ticks = [k * unit for k in range(math.ceil(low / unit - 1e-6), math.floor(high / unit + 1e-6) + 1)]
-    if not log:
-        return lambda v: start + (v - low) / (high - low) * (end - start), ticks
-    if high / low > 10:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        every, factors = math.ceil(len(powers) / 7), (1,) if high / low > 1000 else (1, 3)
-        ticks = [t for power in powers[::every] for f in factors if low <= (t := float(f"{f}e{power}")) <= high]
-    return lambda v: start + np.log(v / low) / math.log(high / low) * (end - start), ticks
+    unit = max(least, next(m * unit for m in (1, 2, 5, 10) if m * unit * 5 >= (high - low) * 0.999))
+    return [k * unit for k in range(math.ceil(low / unit - 1e-6), math.floor(high / unit + 1e-6) + 1)]
 
 
 def _rows(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
@@ -971,7 +938,6 @@ def diversity_ratio(samples: Tensor, data: Tensor) -> float:
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
-
 
 USES = ("checkpoint", "resume", "sample", "interpolate", "embed")  # flags that are not settings of a run
 PLACES = ("out", "data_root")  # settings that a checkpoint does not decide: a foreign one could name any folder
@@ -1033,7 +999,11 @@ class Parser(argparse.ArgumentParser):
             if not os.path.isdir(args.out) or any(name[0] != "." for name in os.listdir(args.out)):
                 self.error(f"argument --out: {args.out} is not empty; name a new folder, or --resume the run in it")
         if used and not args.checkpoint:
-            args.checkpoint = newest(f"runs/{self.script}-*/checkpoint.pt")
+            pattern = f"runs/{self.script}-*/checkpoint.pt"
+            found = sorted(Path().glob(pattern), key=os.path.getmtime)
+            if not found:
+                raise FileNotFoundError(f"no {pattern} in {os.getcwd()!r}; name a file by --checkpoint")
+            args.checkpoint = str(found[-1])
         return args
 
     def check_saved(self, config: object) -> None:
@@ -1105,22 +1075,14 @@ def next_folder(stem: str | Path) -> Path:
             return folder
 
 
-def newest(pattern: str) -> str:
-    """The file changed last of those below the working directory that match. Raises FileNotFoundError."""
-    found = sorted(Path().glob(pattern), key=os.path.getmtime)
-    if not found:
-        raise FileNotFoundError(f"no {pattern} in {str(Path.cwd())!r}; name a file by --checkpoint")
-    return str(found[-1])
-
-
 @contextmanager
 def on_signals(act: Callable) -> Iterator[None]:
     """Call `act` on Ctrl-C, SIGTERM and SIGHUP; but not in a thread, where Python allows no handlers."""
-    kinds = [kind for name in ("SIGINT", "SIGTERM", "SIGHUP") if (kind := getattr(signal, name, None))]
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        kinds.append(signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         kinds = []
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
-        kinds = kinds[:2]
     former = {kind: signal.signal(kind, act) for kind in kinds}
     try:
         yield
@@ -1172,26 +1134,19 @@ def only_warn(what: str) -> Iterator[None]:
         print(f"warning: {what}: {_reason(error)}", file=sys.stderr, flush=True)
 
 
-def digest(images: Tensor) -> Tensor:
-    """How many images there are, and a checksum of 256 of them: int64 [2]."""
-    return torch.tensor([len(images), zlib.crc32(spread(images, 256).numpy().tobytes())])
-
-
 def load_checkpoint(path: str | Path) -> dict:
     """The dict that torch.save wrote, on the CPU; no code in it is run. Raises OSError; ValueError for other files."""
     if not os.path.isfile(path):  # to open a pipe would be to wait for ever
         raise FileNotFoundError(f"no checkpoint {str(path)!r}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare checksums
+            if damaged := archive.testzip():  # torch.load does not compare checksums
+                raise ValueError(f"{damaged} has a wrong checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if content.keys() != {"script", "config", "state"} or not isinstance(content["state"], dict):
+            raise ValueError("it is not of a run")
     except Exception as error:  # whatever a damaged file makes them raise, OSError among it
         raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({_reason(error)})") from error
-    if damaged:
-        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({damaged} has a wrong checksum)")
-    parts = content if isinstance(content, dict) else {}
-    if parts.keys() != {"script", "config", "state"} or not isinstance(parts["state"], dict):
-        raise ValueError(f"{str(path)!r} is not a checkpoint of a run")
     return content
 
 
@@ -1254,15 +1209,15 @@ class Record:
     """What a run leaves in its folder: checkpoints, config.json, metrics.csv, pictures; and its line on the screen.
 
     `state` belongs in the run's checkpoints: the step, the sums of the metrics since the step of the last row, the
-    random numbers and a digest of the images. While a record is open, no other process can write to the folder. With
-    `writes` off, as on other ranks than 0, it only counts. Raises OSError.
+    random numbers, and how many images there are with a checksum of 256 of them. While a record is open, no other
+    process can write to the folder. With `writes` off, as on other ranks than 0, it only counts. Raises OSError.
     """
 
     def __init__(self, script: str, settings: dict, metrics: Sequence[str], device: torch.device,
-                 images: Tensor | None = None, writes: bool = True):
+                 images: Tensor, writes: bool = True):
         self.script, self.metrics, self.writes, self.lock = script, metrics, writes, ExitStack()
         self.config = {name: value for name, value in settings.items() if name not in USES}
-        self.images = digest(images) if images is not None else torch.zeros(2, dtype=torch.int64)
+        self.images = torch.tensor([len(images), zlib.crc32(spread(images, 256).numpy().tobytes())])
         self.state = {"step": torch.tensor(0), "logged": torch.tensor(0), "rng": random_state(),
                       "totals": torch.zeros(len(metrics), device=device), "images": self.images.clone()}
         self.rows, self.warning, self.earlier = deque(maxlen=200), None, None
@@ -1270,17 +1225,16 @@ class Record:
     def __enter__(self) -> "Record":
         if not self.state["logged"] <= self.state["step"] <= self.config["steps"]:
             raise ValueError(f"the checkpoint is of step {self.state['step']} of {self.config['steps']}")
+        self.first, self.began, self.told = int(self.state["step"]), time.monotonic(), time.monotonic()
         if self.writes:
             self.config["out"] = self.config["out"] or str(next_folder(f"runs/{self.script}"))
             self.lock.enter_context(file_lock(Path(self.config["out"], ".lock"), wait=False))
             for leftover in Path(self.config["out"]).glob(".*.tmp.*"):  # of a process that was killed
                 leftover.unlink()
-        self.folder = Path(self.config["out"] or "")
-        self.first, self.began, self.told = int(self.state["step"]), time.monotonic(), time.monotonic()
-        if self.writes:
-            print(f"{self.script}: {self.folder}, step {self.first} to {self.config['steps']}", flush=True)
+            print(f"{self.script}: {self.config['out']}, step {self.first} to {self.config['steps']}", flush=True)
             if not torch.equal(self.images, self.state["images"]):
                 self.warn(f"the data have changed: {self.images[0]:,} pictures now, {self.state['images'][0]:,} before")
+        self.folder = Path(self.config["out"] or "")
         self.state["images"].copy_(self.images)
         return self
 
@@ -1327,17 +1281,18 @@ class Record:
         A table that is not ours is set aside with a warning.
         """
         table = self.folder / "metrics.csv"
-        with suppress(FileNotFoundError):
-            try:
-                found, *rows = table.read_text("utf-8-sig").splitlines(True)
-                if found != header:
-                    raise ValueError("it has other columns")
-                whole = [row for row in rows if row[-1] == "\n" and row.count(",") == header.count(",")]
-                kept = [row for row in whole if int(row.partition(",")[0]) <= self.first]
-                return kept, float(kept[-1].rpartition(",")[2]) if kept else 0.0
-            except (ValueError, OSError) as error:
-                os.replace(table, table.with_name("metrics-unreadable.csv"))
-                print(f"warning: {table} is now metrics-unreadable.csv: {_reason(error)}", file=sys.stderr, flush=True)
+        try:
+            found, *rows = table.read_text("utf-8-sig").splitlines(True)
+            if found != header:
+                raise ValueError("it has other columns")
+            whole = [row for row in rows if row[-1] == "\n" and row.count(",") == header.count(",")]
+            kept = [row for row in whole if int(row.partition(",")[0]) <= self.first]
+            return kept, float(kept[-1].rpartition(",")[2]) if kept else 0.0
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError) as error:
+            os.replace(table, table.with_name("metrics-unreadable.csv"))
+            print(f"warning: {table} is now metrics-unreadable.csv: {_reason(error)}", file=sys.stderr, flush=True)
         return [], 0.0
 
     def _tell(self, means: dict[str, float]) -> None:
@@ -1396,6 +1351,5 @@ class Record:
 
     def frames(self) -> list[Path]:
         """The sample pictures so far, in the order of their steps."""
-        found = [path for path in self.folder.glob("samples/*.png") if path.stem.isdecimal()]
-        found = [path for path in found if int(path.stem) <= self.state["step"]]
-        return sorted(found, key=lambda path: int(path.stem))
+        found = {int(path.stem): path for path in self.folder.glob("samples/*.png") if path.stem.isdecimal()}
+        return [found[step] for step in sorted(found) if step <= self.state["step"]]

@@ -167,7 +167,7 @@ def test_frames_of_long_runs(tmp_path, monkeypatch):
     (tmp_path / "samples").mkdir()
     for name in ("000500", "099500", "100000", "1000000", "2000000", "real", "000002 copy"):
         (tmp_path / f"samples/{name}.png").touch()
-    record = common.Record("x", {"out": str(tmp_path), "steps": 10**6}, [], torch.device("cpu"))
+    record = common.Record("x", {"out": str(tmp_path), "steps": 10**6}, [], torch.device("cpu"), torch.zeros(1))
     record.state["step"].fill_(10**6)
     with record:
         assert [path.stem for path in record.frames()] == ["000500", "099500", "100000", "1000000"]

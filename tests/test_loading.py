@@ -589,7 +589,7 @@ def test_a_process_that_waits_says_so(tmp_path: Path, monkeypatch, capfd) -> Non
     photos(tmp_path / "in")
     code = f"""if True:
         import common, time
-        with common._one_process({str(tmp_path)!r}):
+        with common.file_lock({str(tmp_path / "cache/.lock")!r}, wait=True):
             print(flush=True)
             time.sleep(5)"""
     for name, waits in ((str(tmp_path / "in"), True), ("mnist", True), (str(tmp_path / "made"), False)):
