@@ -13,10 +13,8 @@ generator G learns to make images that D reconstructs well. A number k_t in [0, 
     python began.py --resume                                       # continue the newest run
     python began.py --sample 1000; python began.py --interpolate 8 # use the trained generator
     torchrun --nproc_per_node 8 began.py --data celeba --image-size 128 --width 128 --batch-size 128 --lr 1e-4 \\
-        --gamma 0.5 --lambda-k 0.001 --lr-patience 2000 --eta 1 --residual-steps 16000 --steps 200000
-                                                                   # the paper's networks, 16 images per GPU
-    python began.py --data celeba --image-size 64 --width 64 --gamma 0.5 --lr 1e-4 --lambda-k 0.001 \\
-        --lr-patience 2000 --eta 1 --betas 0.9 0.999 --steps 200000    # the paper's settings at 64x64, on one GPU
+        --betas 0.9 0.999 --gamma 0.5 --lambda-k 0.001 --lr-patience 2000 --eta 1 --residual-steps 16000 \\
+        --steps 200000                                             # the paper's settings, 16 images per GPU
 
 Measured: L(G(z)) / L(x) stays within 0.02 of gamma at 0.3, 0.5 and 0.7. The default run, in bf16, took 21 minutes on
 one thread of a busy AMD EPYC. Precision 0.86, recall 0.08 (tests/judge.py): clean faces, little of the variety.
@@ -59,9 +57,8 @@ class Conv(nn.Conv2d):
 class UpConv(nn.Conv2d):
     """Nearest-neighbour 2x up-sampling, 3x3 convolution and ELU, as one transposed convolution.
 
-    Up-sampling repeats pixels, so the products of the 3x3 kernel that meet the same input pixel can be summed once,
-    beforehand: into a 4x4 kernel of stride 2, the sum of the 3x3 kernel's four one-pixel shifts. Same result to
-    rounding, 2.25 times fewer multiplications.
+    Up-sampling repeats pixels, so those weights of the 3x3 kernel that meet the same input pixel are summed beforehand,
+    into a 4x4 kernel of stride 2. Same result to rounding, 2.25 times fewer multiplications.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -76,11 +73,11 @@ class UpConv(nn.Conv2d):
 class Generator(nn.Module):
     """Latent [N, latent] to images [N, channels, size, size] in [-2, 2]; also D's decoder.
 
-    A linear layer to h0 [N, width, 8, 8], then two convolutions at every resolution. ``skip`` concatenates h0,
-    up-sampled, after every up-sampling (here before it: the two commute). ``residual`` gives successive layers of
-    one size a vanishing residual, whose weight is the buffer ``carry``. The paper does not say how images end. Here by
-    2 tanh(x / 2), hardly bent from -1 to 1: without a bound D may drive the error of the fakes, which it wants large,
-    to any height; and a tanh that reaches black and white only at infinity leaves G grey on such data.
+    A linear layer to h0 [N, width, 8, 8], then two convolutions at every resolution. ``skip`` concatenates h0 at every
+    up-sampling (before it: the two commute). ``residual`` gives successive layers of one size a vanishing residual,
+    whose weight is the buffer ``carry``. Images end in 2 tanh(x / 2), which the paper leaves open: without a bound D
+    may drive the error of the fakes, which it wants large, to any height; and a tanh that reaches black and white only
+    at infinity leaves G grey on such data.
     """
 
     def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = False, residual: bool = False):
@@ -128,10 +125,7 @@ class Discriminator(nn.Module):
 
 
 def reconstruction_loss(images: Tensor, reconstructions: Tensor, eta: float = 1.0) -> Tensor:
-    """L(v) = |v - D(v)|^eta (eq. 1): two tensors of one shape, as [N, C, H, W], to the scalar mean over everything.
-
-    Raises ValueError where the shapes differ.
-    """
+    """L(v) = mean |v - D(v)|^eta (eq. 1), a scalar. ValueError unless both have one shape, as [N, C, H, W]."""
     if images.shape != reconstructions.shape:
         raise ValueError(f"shapes differ: {tuple(images.shape)} and {tuple(reconstructions.shape)}")
     return (images - reconstructions).abs().pow(eta).mean()
@@ -197,7 +191,7 @@ def train(args: argparse.Namespace) -> Path:
         raise ValueError(f"argument --lr-min: {args.lr_min} is above --lr {args.lr}")
     device = start(args)
     source = args.checkpoint if args.resume else args.init_from
-    saved = from_rank_0(read_checkpoint, source)["state"] if source else {}
+    saved = from_rank_0(common.load_checkpoint, source, parser())["state"] if source else {}
     images = common.load_images(args.data, args.image_size, args.channels, args.data_root)
     batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD)
     args.channels = images.shape[1]
@@ -207,7 +201,7 @@ def train(args: argparse.Namespace) -> Path:
     k, smooth, waited, updates = (torch.zeros((), device=device) for _ in range(4))
     lr, best = torch.full_like(k, args.lr), torch.full_like(k, torch.finfo(k.dtype).max)
     fall = torch.zeros_like(k) if args.lr_patience else (lr - args.lr_min) / args.steps  # of lr in a step
-    optimizer = adam(parameters, lr, args.betas)
+    optimizer = common.adam(parameters, lr, args.betas)
     fixed_z = uniform(256, args.latent, device)
     shown = common.normalise(common.spread(images, 256).to(device))
     record = common.Record(SCRIPT, vars(args), METRICS, device, images, writes=RANK == 0)
@@ -284,7 +278,7 @@ def train(args: argparse.Namespace) -> Path:
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
     """A checkpoint's averaged generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = read_checkpoint(path)
+    content = common.load_checkpoint(path, parser())
     generator = build(Generator, content["config"])
     common.fill({"ema": generator.state_dict()}, content["state"], path)
     return generator.to(device).eval().requires_grad_(False), content["config"]
@@ -319,14 +313,14 @@ def embed(args: argparse.Namespace) -> Path:
     """--embed FOLDER: the z that minimises |x - G(z)|, for 16 pictures and their mirror images; then walks."""
     generator, config, device, folder = open_generator(args, "embed")
     source = os.path.abspath(args.embed)  # a folder, even where its name is a data set's
-    pictures = common.load_images(source, config["image_size"], config["channels"], args.data_root)
-    real = common.normalise(pictures[:16].to(device))
+    images = common.load_images(source, config["image_size"], config["channels"], args.data_root)[:16]
+    real = common.normalise(images.to(device))
     targets = torch.cat([real, real.flip(3)])
     z = torch.zeros(len(targets), config["latent"], device=device, requires_grad=True)
     optimizer = torch.optim.Adam([z], lr=0.03)
     for _ in range(500):
         error = (generator(z) - targets).abs().mean()
-        (z.grad,) = torch.autograd.grad(error * len(targets), z)  # every picture's own mean
+        (z.grad,) = torch.autograd.grad(error, z)
         optimizer.step()
         z.data.clamp_(-1, 1)
     print(f"mean |x - G(z)| = {error.item():.4f} on pixels in [-1, 1]")
@@ -349,8 +343,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=number(int, 1), default=7000, help="generator updates of the whole run")
     add("--lr", type=number(float, 1e-9, 1), default=4e-4, help="Adam's initial learning rate, both networks")
     add("--lr-min", type=number(float, 0, 1), default=2e-5, help="lower bound of the learning rate")
-    add("--lr-patience", type=number(int, 0), default=0,
-        help="steps without a new minimum of M until lr halves; 0: instead, lr falls linearly during the run")
+    add("--lr-patience", type=number(int, 0), default=0, help="steps without a new least M to halve lr; 0: linear fall")
     add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.99], metavar="B", help="Adam's betas")
     add("--gamma", type=number(float, 0, 1), default=0.9, help="diversity ratio L(G(z)) / L(x); paper: 0.3 to 0.7")
     add("--lambda-k", type=number(float, 0, 1), default=0.2, help="learning rate of k_t; paper: 0.001, for long runs")
@@ -368,7 +361,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     with common.one_line_errors(SCRIPT), ranks():
-        args = from_rank_0(settings, argv)
+        args = from_rank_0(parser().settings, argv)
         use = sample if args.sample else interpolate if args.interpolate else embed if args.embed else train
         folder = use(args) if use is train or RANK == 0 else None
         if RANK == 0:
@@ -378,35 +371,6 @@ def main(argv: list[str] | None = None) -> None:
 # ---- runs: the same text in all four scripts ------------------------------------------------------------------------
 
 RANK, WORLD, LAUNCHER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
-MAY_CHANGE = ("steps", "data", "data_root", "device", "graph", "log_every", "sample_every", "save_every", "keep", "out")
-
-
-def settings(argv: list[str] | None = None) -> argparse.Namespace:
-    """The checked command line; with --resume the run's saved settings, of which only MAY_CHANGE can be given anew."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
-    if not args.resume:
-        return args
-    path, saved = args.checkpoint, read_checkpoint(args.checkpoint)["config"]
-    args = parser().parse_args([*common.as_flags(saved), *argv])
-    args.checkpoint, args.out = path, os.path.dirname(path) or "."
-    for name, value in saved.items():
-        new = getattr(args, name)
-        if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
-            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot continue with {new}")
-    return args
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's config, checked as flags are, and its state. Raises OSError; ValueError for other files."""
-    content = common.load_checkpoint(path)
-    try:
-        if content["script"] != SCRIPT:
-            raise ValueError(f"it is not one of {SCRIPT}.py")
-        parser().check_saved(content["config"])
-    except ValueError as error:
-        raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
-    return content
 
 
 @contextlib.contextmanager
@@ -462,16 +426,6 @@ def start(args: argparse.Namespace) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32 for matrix products, as convolutions have it by default
     torch.manual_seed(args.seed)  # alike on every rank: the same weights and the same global batches
     return device
-
-
-def adam(parameters: list[nn.Parameter], lr: float | Tensor, betas: list[float]) -> torch.optim.Adam:
-    """Adam whose moments exist from the start, so that all checkpoints hold the same tensors."""
-    device = parameters[0].device
-    optimizer = torch.optim.Adam(parameters, lr, tuple(betas), fused=True, capturable=device.type == "cuda")
-    for p in parameters:
-        step = torch.zeros((), device=device, dtype=torch.float32)
-        optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    return optimizer
 
 
 def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:

@@ -940,6 +940,7 @@ def diversity_ratio(samples: Tensor, data: Tensor) -> float:
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 USES = ("checkpoint", "resume", "sample", "interpolate", "embed")  # flags that are not settings of a run
+MAY_CHANGE = ("steps", "data", "data_root", "device", "graph", "log_every", "sample_every", "save_every", "keep", "out")
 PLACES = ("out", "data_root")  # settings that a checkpoint does not decide: a foreign one could name any folder
 
 
@@ -951,22 +952,23 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with the flags of every run and, given default ``data``, those of image data.
+    """A parser with the flags of every run: of its data, by default ``data`` (``more`` names other data), and the rest.
 
     Raises ValueError where argparse would print its usage and exit.
     """
 
-    def __init__(self, script: str, description: str, data: str | None = None, sizes: tuple = (16, 32, 64, 128)):
+    def __init__(self, script: str, description: str, data: str, more: str = "", sizes: tuple = (16, 32, 64, 128),
+                 precision: str | None = "fp32"):
         super().__init__(description=description, formatter_class=_Help)
         self.script, switch = script, argparse.BooleanOptionalAction
-        if data:
-            add = self.add_argument_group("data").add_argument
-            add("--data", type=filled, default=data, help=", ".join([*NAMES, "or a folder of pictures"]))
-            add("--data-root", type=filled, default="data", help="folder for downloads and the picture cache")
-            add("--image-size", type=int, choices=sizes, default=32, help="height and width in pixels")
-            add("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB; default: what the data have")
-            add("--hflip", action=switch, default=False, help="random horizontal flip, p = 0.5")
-            add("--precision", choices=("auto", "fp32", "bf16"), default="fp32",
+        add = self.add_argument_group("data").add_argument
+        add("--data", type=filled, default=data, help=more + ", ".join([*NAMES, "or a folder of pictures"]))
+        add("--data-root", type=filled, default="data", help="folder for downloads and the picture cache")
+        add("--image-size", type=int, choices=sizes, default=32, help="height and width in pixels")
+        add("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB; default: what the data have")
+        add("--hflip", action=switch, default=False, help="random horizontal flip, p = 0.5")
+        if precision:
+            add("--precision", choices=("auto", "fp32", "bf16"), default=precision,
                 help="number format of the networks; auto: bf16 where the hardware supports it")
         add = self.add_argument_group("run").add_argument
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, batches and noise")
@@ -982,6 +984,22 @@ class Parser(argparse.ArgumentParser):
         self.use = self.add_mutually_exclusive_group().add_argument
         self.use("--resume", action="store_true", help="continue the newest run, or that of --out or --checkpoint")
         self.use("--sample", type=number(int, 1), metavar="N", help="skip training and write N samples")
+
+    def settings(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """The checked command line; with --resume the run's saved settings, of which only MAY_CHANGE can differ."""
+        argv = sys.argv[1:] if argv is None else argv
+        args = self.parse_args(argv)
+        if not args.resume:
+            return args
+        path, saved = args.checkpoint, load_checkpoint(args.checkpoint, self)["config"]
+        args = self.parse_args([*as_flags(saved), *argv])
+        args.checkpoint, args.out = path, os.path.dirname(path) or "."
+        for name, value in saved.items():
+            new = getattr(args, name)
+            if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
+                flag = name.replace("_", "-")
+                raise ValueError(f"argument --{flag}: the run has {value} and cannot continue with {new}")
+        return args
 
     def parse_args(self, argv: Sequence[str], namespace: None = None) -> argparse.Namespace:
         """The flags, checked for contradictions, with the checkpoint that they use. Raises ValueError, OSError."""
@@ -1134,8 +1152,11 @@ def only_warn(what: str) -> Iterator[None]:
         print(f"warning: {what}: {_reason(error)}", file=sys.stderr, flush=True)
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """The dict that torch.save wrote, on the CPU; no code in it is run. Raises OSError; ValueError for other files."""
+def load_checkpoint(path: str | Path, parser: Parser) -> dict:
+    """A checkpoint's config, checked as the parser checks flags, and its state, on the CPU; no code in it is run.
+
+    Raises OSError, and ValueError for a file that is not a whole checkpoint of the parser's script.
+    """
     if not os.path.isfile(path):  # to open a pipe would be to wait for ever
         raise FileNotFoundError(f"no checkpoint {str(path)!r}")
     try:
@@ -1147,7 +1168,23 @@ def load_checkpoint(path: str | Path) -> dict:
             raise ValueError("it is not of a run")
     except Exception as error:  # whatever a damaged file makes them raise, OSError among it
         raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({_reason(error)})") from error
+    try:
+        if content["script"] != parser.script:
+            raise ValueError(f"it is not one of {parser.script}.py")
+        parser.check_saved(content["config"])
+    except ValueError as error:
+        raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
     return content
+
+
+def adam(parameters: list[torch.nn.Parameter], lr: float | Tensor, betas: Sequence[float]) -> torch.optim.Adam:
+    """Adam whose moments exist from the start, so that all checkpoints hold the same tensors."""
+    device = parameters[0].device
+    optimizer = torch.optim.Adam(parameters, lr, tuple(betas), fused=True, capturable=device.type == "cuda")
+    for p in parameters:
+        step = torch.zeros((), device=device, dtype=torch.float32)
+        optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return optimizer
 
 
 def tensors(item: object, name: str) -> dict[str, Tensor]:

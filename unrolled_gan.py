@@ -13,11 +13,14 @@ and its gradient runs through these steps. D itself then takes one ordinary step
     python unrolled_gan.py --activation relu                       # the same, unrolled: it does not
     python unrolled_gan.py --data grid --prior-std 0.02            # 25 Gaussians of uneven weights
     python unrolled_gan.py --data points.npy                       # your own points, an array [N, 2]
+    python unrolled_gan.py --data photos --batch-size 64           # images: a dataset, or a folder of your own
     python unrolled_gan.py --resume                                # continue the newest run
     python unrolled_gan.py --sample 10000                          # use the trained generator
     torchrun --nproc_per_node 8 unrolled_gan.py --data grid --batch-size 65536 --width 1024   # 8,192 points per GPU
     python unrolled_gan.py --activation relu --lr 1e-4 --d-lr 1e-4 --betas 0.5 0.999 --d-layers 1 --input-scale 4 \\
         --g-loss saddle --steps 25000                              # the paper's settings
+    python unrolled_gan.py --data stacked-mnist --batch-size 128 --activation relu --d-activation leaky --gain 1.4 \\
+        --width 64 --d-width 4 --lr 1e-4 --d-lr 2e-4               # those of its 1,000 modes, D half of G
     python unrolled_gan.py --d-activation tanh --gain 1.4 --d-lr 1e-4 --unroll-steps 5 --g-loss saddle --steps 25000
                                                                    # those of the authors' notebook, on our ring
     python unrolled_gan.py --activation relu --gain 0 --d-lr 1e-4 --fresh   # those of andrewliao11/unrolled-gans
@@ -50,19 +53,18 @@ SCRIPT = "unrolled_gan"  # checkpoints carry this name, whatever the file is cal
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 
-def perceptron(layers: list[nn.Linear], activation: str, gain: float) -> list[nn.Module]:
-    """The layers of a network, with ``activation`` (relu or tanh) in between.
+ACTIVATIONS = {"relu": nn.ReLU, "leaky": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh}
+
+
+def layered(layers: list[nn.Module], activation: str, gain: float) -> list[nn.Module]:
+    """The layers of a network, with ``activation`` (relu, leaky or tanh) in between.
 
     Their weights are made orthogonal, times ``gain``, and their biases zero; with gain 0 both are PyTorch's own.
     """
-    for layer in layers:
-        if gain == 0:
-            layer.reset_parameters()
-        else:
-            nn.init.orthogonal_(layer.weight, gain)
-            nn.init.zeros_(layer.bias)
-    function = {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]
-    return [module for layer in layers for module in (layer, function())][:-1]
+    for layer in layers if gain > 0 else ():
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return [module for layer in layers for module in (layer, ACTIVATIONS[activation]())][:-1]
 
 
 class Generator(nn.Sequential):
@@ -70,7 +72,7 @@ class Generator(nn.Sequential):
 
     def __init__(self, latent: int, width: int, activation: str = "relu", gain: float = 0.8):
         layers = [nn.Linear(a, b) for a, b in itertools.pairwise([latent, width, width, 2])]
-        super().__init__(*perceptron(layers, activation, gain))
+        super().__init__(*layered(layers, activation, gain))
 
 
 class Discriminator(nn.Sequential):
@@ -78,11 +80,39 @@ class Discriminator(nn.Sequential):
 
     def __init__(self, width: int, layers: int = 2, activation: str = "relu", gain: float = 0.8, scale: float = 1.0):
         sizes = itertools.pairwise([2, *[width] * layers, 1])
-        super().__init__(*perceptron([nn.utils.skip_init(nn.Linear, a, b) for a, b in sizes], activation, gain))
+        super().__init__(*layered([nn.Linear(a, b) for a, b in sizes], activation, gain))
         self.scale = scale
 
     def forward(self, points: Tensor) -> Tensor:
         return super().forward(points / self.scale)
+
+
+class ImageGenerator(nn.Sequential):
+    """Latent [N, latent] to images [N, channels, size, size] in [-1, 1].
+
+    ``width`` channels of 4x4 pixels, then transposed convolutions, which double the pixels and halve the channels.
+    """
+
+    def __init__(self, latent: int, width: int, size: int, channels: int, activation: str = "relu", gain: float = 1.4):
+        widths = [max(1, width // 2**level) for level in range(int(math.log2(size // 4)) + 1)]
+        up = [nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in itertools.pairwise(widths)]
+        layers = [nn.Linear(latent, width * 4 * 4), *up, nn.Conv2d(widths[-1], channels, 3, padding=1)]
+        first, *rest = layered(layers, activation, gain)
+        super().__init__(first, nn.Unflatten(1, (width, 4, 4)), *rest, nn.Tanh())
+
+
+class ImageDiscriminator(nn.Sequential):
+    """Images [N, channels, size, size] to logits [N, 1] of being real.
+
+    Convolutions of stride 2 down to 4x4 pixels, the first with ``width`` channels, each next with twice as many. There
+    is no batch norm, whose running statistics the unrolled steps would change.
+    """
+
+    def __init__(self, width: int, size: int, channels: int, activation: str = "leaky", gain: float = 1.4):
+        widths = [channels, *(width * 2**level for level in range(int(math.log2(size // 4))))]
+        down = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)]
+        *rest, last = layered([*down, nn.Linear(widths[-1] * 4 * 4, 1)], activation, gain)
+        super().__init__(*rest, nn.Flatten(), last)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
@@ -211,7 +241,6 @@ def mode_statistics(samples: Tensor, means: Tensor, std: float, weights: Tensor)
 # ---- training -------------------------------------------------------------------------------------------------------
 
 METRICS = ("loss_d", "loss_g", "unroll_gain")  # L_D, L_G, f(G, theta^K) - f(G, theta)
-MODE_PANELS = [("covered", "reached", "modes", "coverable"), ("quality",), ("kl",)]
 PANELS = [("loss_d", "loss_g"), ("unroll_gain",)]
 
 
@@ -227,29 +256,83 @@ class Mean(torch.autograd.Function):
     backward = forward
 
 
-def target(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, float]:
-    """Means [M, 2], weights [M] and standard deviation of --data. The points of a file are M modes of width 0."""
-    if args.data in MODE_STD:
-        means, weights = mixture(args.data, args.prior_std, args.seed)
-        return means.to(device), weights.to(device), MODE_STD[args.data]
-    try:
-        points = torch.from_numpy(np.load(args.data).astype(np.float32))
-    except Exception:  # whatever another file makes numpy raise
-        points = torch.empty(0)
-    if points.ndim != 2 or points.shape[1] != 2 or len(points) == 0 or not points.isfinite().all():
-        raise ValueError(f"argument --data: {args.data!r}: choose from ring, grid, "
-                         "or a .npy file with an array [N, 2] of finite numbers")
-    if args.prior_std > 0:
-        raise ValueError("argument --prior-std: goes with --data ring or grid")
-    return points.to(device), torch.full((len(points),), 1 / len(points), device=device), 0.0
+def is_of_points(data: str) -> bool:
+    """Whether --data names points, not images."""
+    return data in MODE_STD or data.endswith(".npy")
 
 
-def build(network: type[nn.Module], config: dict) -> nn.Module:
-    """The Generator or Discriminator of these settings."""
-    if network is Generator:
-        return Generator(config["latent"], config["width"], config["activation"], config["gain"])
-    rest = (config["d_activation"], config["gain"], config["input_scale"])
-    return Discriminator(config["width"], config["d_layers"], *rest)
+class Points:
+    """Batches of a mixture or, as modes of width 0, of the points in a file; and how samples are shown and measured."""
+
+    shown, panels = 2560, PANELS
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        if args.data in MODE_STD:
+            (means, weights), self.std = mixture(args.data, args.prior_std, args.seed), MODE_STD[args.data]
+        else:
+            try:
+                means = torch.from_numpy(np.load(args.data).astype(np.float32))
+            except Exception:  # whatever another file makes numpy raise
+                means = torch.empty(0)
+            if means.ndim != 2 or means.shape[1] != 2 or len(means) == 0 or not means.isfinite().all():
+                raise ValueError(f"argument --data: {args.data!r} is not a file with an array [N, 2] of finite numbers")
+            weights, self.std = torch.full((len(means),), 1 / len(means)), 0.0
+        self.all, self.means, self.weights = means, means.to(device), weights.to(device)
+        self.batch_size, self.extent = args.batch_size, 1.5 * means.abs().max().item()
+        points = draw(self.means, self.weights, self.std, self.shown)
+        self.real = self.picture(points)
+        if self.std > 0:
+            self.coverable = mode_statistics(points, self.means, self.std, self.weights)["covered"]
+            self.panels = [("covered", "reached", "modes", "coverable"), ("quality",), ("kl",), *PANELS]
+
+    def __call__(self, number: int = 0) -> Tensor:
+        """This rank's share of a batch: points [batch_size / WORLD, 2]."""
+        return draw(self.means, self.weights, self.std, self.batch_size).chunk(WORLD)[RANK]
+
+    def refill(self) -> None:
+        """Nothing to do, as the device draws the points."""
+
+    def picture(self, samples: Tensor) -> Image.Image:
+        """Their density."""
+        return common.density_picture(samples, self.extent)
+
+    def measure(self, samples: Tensor) -> dict[str, float]:
+        """How they cover the modes, beside the modes ``coverable`` by as many points of the data."""
+        if self.std == 0:
+            return {}
+        return mode_statistics(samples, self.means, self.std, self.weights) | dict(coverable=self.coverable)
+
+
+class Images(common.Batches):
+    """The same for images."""
+
+    shown, panels = 256, [("swd", "diversity"), *PANELS]
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.all = common.load_images(args.data, args.image_size, args.channels, args.data_root)
+        per_step = 1 + args.unroll_steps if args.fresh else 1
+        super().__init__(self.all, args.batch_size, device, args.hflip, RANK, WORLD, per_step)
+        self.some = common.normalise(common.spread(self.all, self.shown).to(device))
+        self.real = self.picture(self.some)
+
+    def picture(self, samples: Tensor) -> Tensor:
+        """A grid of the first of them."""
+        return samples[:64]
+
+    def measure(self, samples: Tensor) -> dict[str, float]:
+        """How they compare with images of the data."""
+        return common.compare(samples, self.some)
+
+
+def build(config: dict) -> tuple[nn.Module, nn.Module]:
+    """The generator and the discriminator of these settings."""
+    g_rest, d_rest = ((config[name], config["gain"]) for name in ("activation", "d_activation"))
+    if is_of_points(config["data"]):
+        discriminator = Discriminator(config["width"], config["d_layers"], *d_rest, config["input_scale"])
+        return Generator(config["latent"], config["width"], *g_rest), discriminator
+    shape = config["image_size"], config["channels"]
+    generator = ImageGenerator(config["latent"], config["width"], *shape, *g_rest)
+    return generator, ImageDiscriminator(config["d_width"], *shape, *d_rest)
 
 
 def save_strip(frames: list[Path], real: Image.Image, path: Path) -> None:
@@ -261,39 +344,43 @@ def save_strip(frames: list[Path], real: Image.Image, path: Path) -> None:
 
 def train(args: argparse.Namespace) -> Path:
     """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
+    of_points = is_of_points(args.data)
+    if not (of_points or args.data in common.NAMES or os.path.exists(os.path.expanduser(args.data))):
+        raise ValueError(f"argument --data: {args.data!r}: choose from ring, grid, a .npy file of points [N, 2], "
+                         f"{common.ACCEPTED}")
+    if args.prior_std > 0 and args.data not in MODE_STD:
+        raise ValueError("argument --prior-std: goes with --data ring or grid")
     device = start(args)
     source = args.checkpoint if args.resume else args.init_from
-    saved = from_rank_0(read_checkpoint, source) if source else {}
-    former = saved["config"]["data"] if args.resume else args.data
-    if args.data != former and not MODE_STD.keys().isdisjoint([args.data, former]):  # but a file may have moved
-        raise ValueError(f"argument --data: the run has {former} and cannot continue with {args.data}")
-    means, weights, std = target(args, device)
-    generator, discriminator = build(Generator, vars(args)).to(device), build(Discriminator, vars(args)).to(device)
+    saved = from_rank_0(common.load_checkpoint, source, parser()) if source else {}
+    if args.resume and args.data != (former := saved["config"]["data"]):  # a file or a folder may have moved
+        if of_points != is_of_points(former) or not MODE_STD.keys().isdisjoint([args.data, former]):
+            raise ValueError(f"argument --data: the run has {former} and cannot continue with {args.data}")
+    data = Points(args, device) if of_points else Images(args, device)
+    args.channels = 1 if of_points else data.all.shape[1]
+    generator, discriminator = (network.to(device, memory_format=torch.channels_last) for network in build(vars(args)))
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
-    adam_g, adam_d = adam(g_parameters, args.lr, args.betas), adam(d_parameters, args.d_lr, args.betas)
-    fixed_z = torch.randn(2560, args.latent, device=device)
-    data, extent = draw(means, weights, std, len(fixed_z)), 1.5 * means.abs().max().item()
-    coverable = mode_statistics(data, means, std, weights)["covered"] if std > 0 else None
-    real, panels = common.density_picture(data, extent), MODE_PANELS + PANELS if std > 0 else PANELS
-    record = common.Record(SCRIPT, vars(args), METRICS, device, means.cpu(), writes=RANK == 0)
+    adam_g = common.adam(g_parameters, args.lr, args.betas)
+    adam_d = common.adam(d_parameters, args.d_lr, args.betas)
+    fixed_z = torch.randn(data.shown, args.latent, device=device)
+    record = common.Record(SCRIPT, vars(args), METRICS, device, data.all, writes=RANK == 0)
     networks = dict(generator=generator.state_dict(), discriminator=discriminator.state_dict())
     state = networks | record.state | dict(
         adam_g=adam_g.state_dict()["state"], adam_d=adam_d.state_dict()["state"], fixed_z=fixed_z)
 
     def logits(theta: dict[str, Tensor], x: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of real and of generated points, in one pass through D with the parameters theta."""
+        """Those of real and of generated data, in one pass through D with the parameters theta."""
         return functional_call(discriminator, theta, (torch.cat([x, fake]),)).chunk(2)
 
     def update() -> Tensor:
         """One step of D and G, all of it work for the device; returns the METRICS."""
         z = torch.randn(args.batch_size, args.latent, device=device).chunk(WORLD)[RANK]
-        x = draw(means, weights, std, args.batch_size).chunk(WORLD)[RANK]
+        x, unrolled_steps = data(), itertools.count(1)
         fake = generator(z)
 
         def inner_loss(theta_k: dict[str, Tensor]) -> Tensor:
-            """-f(G, theta^k), with --fresh of other real points in every unrolled step."""
-            points = draw(means, weights, std, args.batch_size).chunk(WORLD)[RANK] if args.fresh else x
-            return discriminator_loss(*logits(theta_k, points, fake))
+            """-f(G, theta^k), with --fresh of another real batch in every unrolled step."""
+            return discriminator_loss(*logits(theta_k, data(next(unrolled_steps)) if args.fresh else x, fake))
 
         theta_K = unroll(discriminator, adam_d, inner_loss, args.unroll_steps, Mean.apply if WORLD > 1 else None)
         now = discriminator(torch.cat([x, fake])).chunk(2)
@@ -310,16 +397,12 @@ def train(args: argparse.Namespace) -> Path:
         adam_g.step()
         return metrics
 
+    @torch.no_grad()
     def show() -> None:
-        record.show(dict(samples=common.density_picture(generator(fixed_z), extent)), real, panels)
-        with common.only_warn("strip.png"):
-            save_strip(record.frames(), real, record.folder / "strip.png")
-
-    def measure() -> dict[str, float]:
-        """How the samples cover the modes, beside the modes ``coverable`` by as many points of the data."""
-        if std == 0:
-            return {}
-        return mode_statistics(generator(fixed_z), means, std, weights) | dict(coverable=coverable)
+        record.show(dict(samples=data.picture(generator(fixed_z))), data.real, data.panels)
+        if of_points:
+            with common.only_warn("strip.png"):
+                save_strip(record.frames(), data.real, record.folder / "strip.png")
 
     if source:
         common.fill(state if args.resume else networks, saved["state"], source)
@@ -330,10 +413,11 @@ def train(args: argparse.Namespace) -> Path:
         if RANK == 0 and (record.first % args.sample_every == 0 or record.first == args.steps):
             show()  # on resume too, in case a kill prevented it
         for step in range(record.first + 1, args.steps + 1):
+            data.refill()
             record.add(step, next(results))
             stop, last = told_to_stop(requests), step == args.steps
             if RANK == 0 and (step % args.log_every == 0 or last):
-                record.row(measure())
+                record.row(data.measure(generator(fixed_z).detach()))
                 record.warn(common.collapse(record.rows))
             if RANK == 0 and (step % args.save_every == 0 or last or stop):
                 record.save(state)
@@ -347,23 +431,28 @@ def train(args: argparse.Namespace) -> Path:
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
-def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
+def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """A checkpoint's generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = read_checkpoint(path)
-    generator = build(Generator, content["config"])
+    content = common.load_checkpoint(path, parser())
+    generator, _ = build(content["config"])
     common.fill({"generator": generator.state_dict()}, content["state"], path)
     return generator.to(device).eval().requires_grad_(False), content["config"]
 
 
 def sample(args: argparse.Namespace) -> Path:
-    """--sample N: N points, in a new folder's samples.npy [N, 2]."""
+    """--sample N: in a new folder N pictures, numbered, as FID tools want them, or N points, samples.npy [N, 2]."""
     device = start(args)
     generator, config = load_generator(args.checkpoint, device)
-    folder = Path(args.out or common.next_folder(Path(args.checkpoint).parent / "sample"))
-    counts = [min(4096, args.sample - first) for first in range(0, args.sample, 4096)]
-    points = [generator(torch.randn(count, config["latent"]).to(device)).cpu() for count in counts]
-    with common.atomic_write(folder / "samples.npy") as file:
-        np.save(file, torch.cat(points).numpy())
+    folder, points = Path(args.out or common.next_folder(Path(args.checkpoint).parent / "sample")), []
+    for first in range(0, args.sample, 256):
+        samples = generator(torch.randn(min(256, args.sample - first), config["latent"]).to(device))
+        if is_of_points(config["data"]):
+            points.append(samples.cpu())
+        else:
+            common.save_pngs(samples, folder, first)
+    if points:
+        with common.atomic_write(folder / "samples.npy") as file:
+            np.save(file, torch.cat(points).numpy())
     return folder
 
 
@@ -373,24 +462,27 @@ def sample(args: argparse.Namespace) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The flags, each with its check."""
     number, switch = common.number, argparse.BooleanOptionalAction
-    parser = common.Parser(SCRIPT, __doc__.split("\n")[0])
+    parser = common.Parser(SCRIPT, __doc__.split("\n")[0], data="ring", precision=None,
+                           more="ring, grid, a .npy file of your own points [N, 2], ")
     add = parser.add_argument_group("Unrolled GAN").add_argument
-    add("--data", type=common.filled, default="ring", help="ring, grid, or a .npy file of your own points [N, 2]")
+
     add("--prior-std", type=number(float, 0, 1), default=0.0, help="standard deviation of the mixture's weights")
-    add("--batch-size", type=number(int, 1, 1e6), default=512, help="points per batch, over all ranks")
+    add("--batch-size", type=number(int, 1, 1e6), default=512, help="points or images per batch, over all ranks")
     add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
     add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, generator")
     add("--d-lr", type=number(float, 1e-9, 1), default=3e-4, help="Adam's learning rate, discriminator")
     add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], metavar="B", help="Adam's betas")
     add("--unroll-steps", type=number(int, 0, 1000), default=10, help="the paper's K; 0: the plain GAN")
     add("--g-loss", choices=("saddle", "nonsaturating"), default="nonsaturating", help="f_K, or -E log D(G(z))")
-    add("--fresh", action=switch, default=False, help="new real points for every unrolled step, not one batch for all")
-    add("--activation", choices=("relu", "tanh"), default="tanh", help="non-linearity of the generator")
-    add("--d-activation", choices=("relu", "tanh"), default="relu", help="non-linearity of the discriminator")
-    add("--d-layers", type=number(int, 1, 9), default=2, help="hidden layers of the discriminator; paper: 1")
+    add("--fresh", action=switch, default=False, help="a new real batch for every unrolled step, not one for all")
+    add("--activation", choices=ACTIVATIONS, default="tanh", help="non-linearity of the generator")
+    add("--d-activation", choices=ACTIVATIONS, default="relu", help="non-linearity of the discriminator")
+    add("--d-layers", type=number(int, 1, 9), default=2, help="points: hidden layers of the discriminator; paper: 1")
     add("--gain", type=number(float, 0, 9), default=0.8, help="of the orthogonal initial weights; 0: PyTorch's own")
-    add("--input-scale", type=number(float, 1e-3, 1e6), default=1.0, help="D sees x / this; paper: 4")
-    add("--width", type=number(int, 1, 65536), default=128, help="units of a hidden layer, both networks")
+    add("--input-scale", type=number(float, 1e-3, 1e6), default=1.0, help="points: D sees x / this; paper: 4")
+    add("--width", type=number(int, 1, 65536), default=128,
+        help="points: units of a hidden layer of both networks; images: channels of G's first layer, halved onwards")
+    add("--d-width", type=number(int, 1, 4096), default=8, help="images: channels of D's first layer, doubled onwards")
     add("--latent", type=number(int, 1, 65536), default=256, help="length of z")
     return parser
 
@@ -398,7 +490,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     with common.one_line_errors(SCRIPT), ranks():
-        args = from_rank_0(settings, argv)
+        args = from_rank_0(parser().settings, argv)
         use = sample if args.sample else train
         folder = use(args) if use is train or RANK == 0 else None
         if RANK == 0:
@@ -408,35 +500,6 @@ def main(argv: list[str] | None = None) -> None:
 # ---- runs: the same text in all four scripts ------------------------------------------------------------------------
 
 RANK, WORLD, LAUNCHER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
-MAY_CHANGE = ("steps", "data", "data_root", "device", "graph", "log_every", "sample_every", "save_every", "keep", "out")
-
-
-def settings(argv: list[str] | None = None) -> argparse.Namespace:
-    """The checked command line; with --resume the run's saved settings, of which only MAY_CHANGE can be given anew."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
-    if not args.resume:
-        return args
-    path, saved = args.checkpoint, read_checkpoint(args.checkpoint)["config"]
-    args = parser().parse_args([*common.as_flags(saved), *argv])
-    args.checkpoint, args.out = path, os.path.dirname(path) or "."
-    for name, value in saved.items():
-        new = getattr(args, name)
-        if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
-            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot continue with {new}")
-    return args
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's config, checked as flags are, and its state. Raises OSError; ValueError for other files."""
-    content = common.load_checkpoint(path)
-    try:
-        if content["script"] != SCRIPT:
-            raise ValueError(f"it is not one of {SCRIPT}.py")
-        parser().check_saved(content["config"])
-    except ValueError as error:
-        raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
-    return content
 
 
 @contextlib.contextmanager
@@ -492,16 +555,6 @@ def start(args: argparse.Namespace) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32 for matrix products, as convolutions have it by default
     torch.manual_seed(args.seed)  # alike on every rank: the same weights and the same global batches
     return device
-
-
-def adam(parameters: list[nn.Parameter], lr: float | Tensor, betas: list[float]) -> torch.optim.Adam:
-    """Adam whose moments exist from the start, so that all checkpoints hold the same tensors."""
-    device = parameters[0].device
-    optimizer = torch.optim.Adam(parameters, lr, tuple(betas), fused=True, capturable=device.type == "cuda")
-    for p in parameters:
-        step = torch.zeros((), device=device, dtype=torch.float32)
-        optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    return optimizer
 
 
 def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:

@@ -68,9 +68,8 @@ def dropout(x: Tensor, share: float) -> Tensor:
 class UpConv(nn.Conv2d):
     """Nearest-neighbour 2x up-sampling, 3x3 convolution and leaky ReLU, as one transposed convolution.
 
-    Up-sampling repeats pixels, so the products of the 3x3 kernel that meet the same input pixel can be summed once,
-    beforehand: into a 4x4 kernel of stride 2, the sum of the 3x3 kernel's four one-pixel shifts. Same result to
-    rounding, 2.25 times fewer multiplications.
+    Up-sampling repeats pixels, so those weights of the 3x3 kernel that meet the same input pixel are summed beforehand,
+    into a 4x4 kernel of stride 2. Same result to rounding, 2.25 times fewer multiplications.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -235,7 +234,7 @@ def train(args: argparse.Namespace) -> Path:
     """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
     device = start(args)
     source = args.checkpoint if args.resume else args.init_from
-    saved = from_rank_0(read_checkpoint, source) if source else {}
+    saved = from_rank_0(common.load_checkpoint, source, parser()) if source else {}
     images = common.load_images(args.data, args.image_size, args.channels, args.data_root)
     batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD, per_step=args.n_critic)
     args.channels = images.shape[1]
@@ -249,7 +248,7 @@ def train(args: argparse.Namespace) -> Path:
             common.fill(networks, saved["state"], source)
     g_parameters, c_parameters = list(generator.parameters()), list(critic.parameters())
     lr, updates = torch.zeros((), device=device), torch.zeros((), device=device)
-    g_optimizer, c_optimizer = adam(g_parameters, lr, args.betas), adam(c_parameters, lr, args.betas)
+    g_optimizer, c_optimizer = common.adam(g_parameters, lr, args.betas), common.adam(c_parameters, lr, args.betas)
     lows, highs, shares = zip(*parse_schedule(args.lr))
     ends = [round(args.steps * share / sum(shares)) for share in itertools.accumulate(shares)]
     pieces = torch.tensor(list(zip(lows, highs, [0, *ends[:-1]])), device=device)  # saved: a longer run keeps them
@@ -334,7 +333,7 @@ def train(args: argparse.Namespace) -> Path:
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
     """A checkpoint's averaged generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = read_checkpoint(path)
+    content = common.load_checkpoint(path, parser())
     generator = build(Generator, content["config"])
     common.fill({"ema": generator.state_dict()}, content["state"], path)
     return generator.to(device).eval().requires_grad_(False), content["config"]
@@ -434,7 +433,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     with common.one_line_errors(SCRIPT), ranks():
-        args = from_rank_0(settings, argv)
+        args = from_rank_0(parser().settings, argv)
         use = sample if args.sample else interpolate if args.interpolate else train
         folder = use(args) if use is train or RANK == 0 else None
         if RANK == 0:
@@ -444,35 +443,6 @@ def main(argv: list[str] | None = None) -> None:
 # ---- runs: the same text in all four scripts ------------------------------------------------------------------------
 
 RANK, WORLD, LAUNCHER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
-MAY_CHANGE = ("steps", "data", "data_root", "device", "graph", "log_every", "sample_every", "save_every", "keep", "out")
-
-
-def settings(argv: list[str] | None = None) -> argparse.Namespace:
-    """The checked command line; with --resume the run's saved settings, of which only MAY_CHANGE can be given anew."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
-    if not args.resume:
-        return args
-    path, saved = args.checkpoint, read_checkpoint(args.checkpoint)["config"]
-    args = parser().parse_args([*common.as_flags(saved), *argv])
-    args.checkpoint, args.out = path, os.path.dirname(path) or "."
-    for name, value in saved.items():
-        new = getattr(args, name)
-        if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
-            raise ValueError(f"argument --{name.replace('_', '-')}: the run has {value} and cannot continue with {new}")
-    return args
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's config, checked as flags are, and its state. Raises OSError; ValueError for other files."""
-    content = common.load_checkpoint(path)
-    try:
-        if content["script"] != SCRIPT:
-            raise ValueError(f"it is not one of {SCRIPT}.py")
-        parser().check_saved(content["config"])
-    except ValueError as error:
-        raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
-    return content
 
 
 @contextlib.contextmanager
@@ -528,16 +498,6 @@ def start(args: argparse.Namespace) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32 for matrix products, as convolutions have it by default
     torch.manual_seed(args.seed)  # alike on every rank: the same weights and the same global batches
     return device
-
-
-def adam(parameters: list[nn.Parameter], lr: float | Tensor, betas: list[float]) -> torch.optim.Adam:
-    """Adam whose moments exist from the start, so that all checkpoints hold the same tensors."""
-    device = parameters[0].device
-    optimizer = torch.optim.Adam(parameters, lr, tuple(betas), fused=True, capturable=device.type == "cuda")
-    for p in parameters:
-        step = torch.zeros((), device=device, dtype=torch.float32)
-        optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    return optimizer
 
 
 def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:

@@ -49,7 +49,9 @@ assert collapse([{"step": 500, "energy_real": 2.0, "energy_fake": 1.0}])
     "unrolled_gan": """
 z, x = torch.randn(4, 8), torch.randn(4, 2)
 generator, discriminator = Generator(8, 4), Discriminator(4)
-assert len(perceptron([nn.Linear(2, 2)] * 2, "tanh", 0)) == 3
+assert len(layered([nn.Linear(2, 2)] * 2, "tanh", 0)) == 3
+images = ImageGenerator(8, 8, 32, 3)(z)
+assert images.shape == (4, 3, 32, 32) and ImageDiscriminator(2, 32, 3)(images).shape == (4, 1)
 fake, adam = generator(z), torch.optim.Adam(discriminator.parameters())
 loss = lambda theta: discriminator_loss(functional_call(discriminator, theta, (x,)), discriminator(fake))
 theta = unroll(discriminator, adam, loss, 2)

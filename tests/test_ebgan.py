@@ -378,4 +378,4 @@ def test_betas_reach_both_optimisers(data_flags, tmp_path, monkeypatch):
     ("--d-width", "0"), ("--code", "65537"), ("--ema", "1.5"), ("--channels", "2"), ("--layers", "conv")])
 def test_refused_flags(flag, value):
     with pytest.raises(ValueError, match=f"argument {flag}: .*{value}"):
-        ebgan.settings([flag, value])
+        ebgan.parser().settings([flag, value])

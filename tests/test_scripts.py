@@ -76,7 +76,7 @@ def test_files_of_a_run(script, finished):
 def test_the_same_command_takes_the_next_folder(script, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for count in (1, 2):
-        folder = module(script).train(module(script).settings([*flags, "--steps", "1"]))
+        folder = module(script).train(module(script).parser().settings([*flags, "--steps", "1"]))
         assert folder.name == f"{script}-00{count}"
 
 
