@@ -2,12 +2,14 @@
 
     python tests/judge.py faces runs/began-001/checkpoint.pt     # 2,000 samples from a checkpoint of any image script
     python tests/judge.py mnist runs/ebgan-001/sample-001        # a folder of PNGs
+    python tests/judge.py stacked-mnist runs/unrolled_gan-001/checkpoint.pt    # 1,000 modes, in 25,600 samples
 
 frechet       Fréchet distance to real images, as a multiple of the distance of held-out real images: 1 is perfect
 precision     fraction of the samples that lie among real images: how many of them look right
 recall        fraction of the real images that lie among samples: how much of the variety is covered
 least_class   fraction of the samples in the class that the classifier finds least often
 kl            KL divergence of the samples' class frequencies from the real ones, in nats
+modes         of stacked digits: how many of the 1,000 numbers are found; their kl is from even shares
 
 Distances are between the classifier's features, whitened so that small details count as much as the label does. The
 classifier is trained on images that no run is trained on; of MNIST it sees nine tenths, and the rest is held out.
@@ -152,6 +154,16 @@ class Judge:
                     kl=torch.xlogy(found, found / self.frequencies).sum().item())
 
 
+def modes(digits: Judge, images: Tensor) -> dict[str, float]:
+    """Of stacked digits [N, 3, size, size]: how many of the 1,000 numbers ``digits`` reads in them, and their KL.
+
+    KL(h || 1 / 1,000) in nats, where h are the shares of the numbers (Metz et al., 2016, table 1).
+    """
+    red, green, blue = (digits.look(images[:, channel:channel + 1].clamp(-1, 1))[1] for channel in range(3))
+    shares = torch.bincount(100 * red + 10 * green + blue, minlength=1000).double() / len(images)
+    return dict(modes=int((shares > 0).sum()), kl=torch.xlogy(shares, 1000 * shares).sum().item())
+
+
 @torch.no_grad()
 def sampled(path: str | Path, count: int = 2000) -> Tensor:
     """Samples [count, C, size, size] from a checkpoint of any image script, the same at every call."""
@@ -159,7 +171,7 @@ def sampled(path: str | Path, count: int = 2000) -> Tensor:
     generator, config = importlib.import_module(script).load_generator(path)
     random_numbers, shape = torch.Generator().manual_seed(0), (count, config["latent"])
     normal, uniform = torch.randn(shape, generator=random_numbers), torch.rand(shape, generator=random_numbers)
-    z = normal if script == "wgan_gp" else 2 * uniform - 1
+    z = normal if script in ("wgan_gp", "unrolled_gan") else 2 * uniform - 1
     return torch.cat([generator(part) for part in z.split(250)])
 
 
@@ -174,13 +186,16 @@ def read_folder(folder: str | Path, channels: int) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", choices=[*common.DRAWN, "mnist"])
+    parser.add_argument("data", choices=[*common.DRAWN, "mnist", *common.STACKED])
     parser.add_argument("images", type=Path, help="a checkpoint, or a folder of PNGs")
     parser.add_argument("--data-root", default="data", help="folder for MNIST and for the cache of judges")
     args = parser.parse_args(argv)
-    channels = 1 if args.data == "mnist" else common.DRAWN[args.data][1]
-    images = read_folder(args.images, channels) if args.images.is_dir() else sampled(args.images)
-    scores = Judge(args.data, args.data_root, images.shape[-1]).score(images)
+    stacked, data = args.data in common.STACKED, common.STACKED.get(args.data, args.data)
+    channels = 3 if stacked else 1 if data == "mnist" else common.DRAWN[data][1]
+    count = 25_600 if stacked else 2_000
+    images = read_folder(args.images, channels) if args.images.is_dir() else sampled(args.images, count)
+    judge = Judge(data, args.data_root, images.shape[-1])
+    scores = modes(judge, images) if stacked else judge.score(images)
     print("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
 
 

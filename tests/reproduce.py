@@ -4,6 +4,7 @@
     python tests/reproduce.py ebgan                    # 18 runs of 1,000 steps, on MNIST
     python tests/reproduce.py ebgan64                  # 4 runs of 250 steps at 64x64
     python tests/reproduce.py unrolled                 # 36 runs of 3,000 steps
+    python tests/reproduce.py stacked                  # 1,000 modes: 16 runs of 2,500 steps, one of each other script
     python tests/reproduce.py wgan_gp                  # 21 runs of 1,500 steps
     python tests/reproduce.py defaults                 # default runs, 3 seeds of each, scored by tests/judge.py
 
@@ -236,7 +237,45 @@ def unrolled(jobs: int) -> str:
     return text
 
 
-TABLES = {"began": began_gammas, "ebgan": ebgan_margins, "ebgan64": ebgan_64, "unrolled": unrolled,
+def stacked(jobs: int) -> str:
+    """The paper's 1,000 modes: K, and D's width beside G's. The other scripts have about ten minutes each."""
+    cells = [dict(script="unrolled_gan", d_width=width, unroll_steps=steps, seed=seed)
+             for seed in (0, 1) for width in (2, 4) for steps in (0, 1, 5, 10)]
+    others = {"wgan_gp": 6000, "ebgan": 4000, "began": 3000}
+    cells += [dict(script=script, steps=steps, seed=0) for script, steps in others.items()]
+    digits = judge.Judge("mnist", MNIST)
+
+    def measure(cell: dict) -> dict:
+        flags = [text for name, value in cell.items() if name != "script"
+                 for text in (f"--{name.replace('_', '-')}", str(value))]
+        if cell["script"] == "unrolled_gan":
+            flags += ("--steps 2500 --batch-size 128 --lr 3e-4 --d-lr 6e-4 --width 64 --activation relu "
+                      "--d-activation leaky --gain 1.4").split()
+        table, folder = train(cell["script"], "--data", "stacked-mnist", "--data-root", MNIST, *flags,
+                              "--sample-every", "500", "--device", "cpu")
+        samples = judge.sampled(folder / "checkpoint.pt", 25_600)
+        if cell["seed"] == 0:
+            name = "-".join(str(value) for key, value in cell.items() if key not in ("seed", "steps"))
+            common.save_grid(samples[:16], IMAGES / f"stacked-{name}.png", columns=16, zoom=1)
+        shutil.rmtree(folder.parent)
+        return judge.modes(digits, samples) | {"seconds": float(table[-1]["seconds"])}
+
+    lines = run_cells("stacked", cells, measure, jobs)
+    text = "| K | D a quarter of G: modes | KL | D half of G: modes | KL |\n|" + "---|" * 5 + "\n"
+    for steps in (0, 1, 5, 10):
+        text += f"| {steps} |"
+        for width in (2, 4):
+            group = [line for line in lines if (line.get("d_width"), line.get("unroll_steps")) == (width, steps)]
+            text += f" {spread([line['modes'] for line in group], 1)} | {spread([line['kl'] for line in group], 2)} |"
+        text += "\n"
+    text += "\n| script | steps | minutes | modes | KL |\n|" + "---|" * 5 + "\n"
+    for line in [line for line in lines if line["script"] in others]:
+        minutes = line["seconds"] / 60
+        text += f"| {line['script']} | {line['steps']} | {minutes:.0f} | {line['modes']} | {line['kl']:.2f} |\n"
+    return text
+
+
+TABLES = {"began": began_gammas, "ebgan": ebgan_margins, "ebgan64": ebgan_64, "unrolled": unrolled, "stacked": stacked,
           "wgan_gp": wgan_gp_ablation, "defaults": defaults}
 
 

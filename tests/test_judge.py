@@ -1,5 +1,7 @@
 """The judge must tell real images, noise, one repeated image and half of the classes apart."""
 
+import math
+
 import pytest
 import torch
 
@@ -77,13 +79,26 @@ def test_among_counts_third_neighbours():
     assert judge.among(torch.tensor([[-3.0], [-3.1], [1.5], [6.1]]), others) == 0.5
 
 
+def test_modes_are_the_numbers_read_in_the_channels():
+    class Reader:
+        def look(self, images):  # the digit d is shown as brightness d / 9
+            return images, ((images.mean((1, 2, 3)) + 1) * 4.5).round().long()
+
+    numbers = torch.tensor([0, 7, 70, 700, 123, 123, 123, 123])
+    digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], dim=1)
+    images = (digits / 4.5 - 1)[:, :, None, None].expand(-1, -1, 4, 4)
+    entropy = 4 / 8 * math.log(8) + 1 / 2 * math.log(2)
+    found = judge.modes(Reader(), images)
+    assert found["modes"] == 5 and found["kl"] == pytest.approx(math.log(1000) - entropy, rel=1e-6)
+
+
 @pytest.mark.parametrize("script", ["began", "ebgan", "wgan_gp"])
 def test_the_command_scores_a_checkpoint_as_a_folder_of_its_samples(script, data_flags, tmp_path, capsys, monkeypatch):
     flags = [*TINY[script], *data_flags[script], "--image-size", "32", "--steps", "1", "--out", str(tmp_path / "run")]
     module(script).main(flags)
     samples, quick = judge.sampled(tmp_path / "run/checkpoint.pt", 300), judge.Judge
     common.save_pngs(samples, tmp_path / "pictures")
-    monkeypatch.setattr(judge, "sampled", lambda path: samples)
+    monkeypatch.setattr(judge, "sampled", lambda *_: samples)
     monkeypatch.setattr(judge, "Judge", lambda *args: quick(*args, count=300, steps=3))
     capsys.readouterr()
     for source in "run/checkpoint.pt", "pictures":
