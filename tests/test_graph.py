@@ -67,8 +67,10 @@ def graphs(script, monkeypatch) -> list[Graph]:
 @pytest.mark.parametrize("script, more", [
     ("began", ""), ("began", "--precision bf16 --hflip"), ("ebgan", ""), ("ebgan", "--precision bf16 --layers paper"),
     ("unrolled_gan", ""), ("unrolled_gan", "--unroll-steps 0 --data grid"), ("unrolled_gan", "--fresh --g-loss saddle"),
-    ("wgan_gp", ""), ("wgan_gp", "--precision bf16 --augment")])
-def test_replays_equal_eager_steps(script, more, flags, tmp_path, request):
+    ("unrolled_gan", "PICTURES"), ("unrolled_gan", "PICTURES --fresh --hflip"), ("wgan_gp", ""),
+    ("wgan_gp", "--precision bf16 --augment")])
+def test_replays_equal_eager_steps(script, more, flags, pictures, tmp_path, request):
+    more = more.replace("PICTURES", f"--data {pictures} --data-root {tmp_path} --image-size 16 --d-width 2")
     flags = [*flags, "--steps", "8", "--log-every", "1", *more.split()]
     module(script).main([*flags, "--out", str(tmp_path / "eager")])
     graphs = request.getfixturevalue("graphs")
@@ -78,11 +80,11 @@ def test_replays_equal_eager_steps(script, more, flags, tmp_path, request):
     assert same_state(load(tmp_path / "eager/checkpoint.pt"), load(tmp_path / "replayed/checkpoint.pt"))
 
 
-@pytest.mark.parametrize("script", ["wgan_gp"])  # it takes several batches in a step
-def test_replays_take_what_the_host_has_filled_in(script, flags, tmp_path, request, monkeypatch):
+@pytest.mark.parametrize("script, more", [("wgan_gp", ""), ("unrolled_gan", "PICTURES --fresh")])  # several a step
+def test_replays_take_what_the_host_has_filled_in(script, more, flags, pictures, tmp_path, request, monkeypatch):
     from_host = functools.partialmethod(common.Batches.__init__, resident=False)
     monkeypatch.setattr(common.Batches, "__init__", from_host)
-    test_replays_equal_eager_steps(script, "", flags, tmp_path, request)
+    test_replays_equal_eager_steps(script, more, flags, pictures, tmp_path, request)
 
 
 def test_a_failed_capture_goes_on_eagerly(script, flags, tmp_path, graphs, monkeypatch, capsys):

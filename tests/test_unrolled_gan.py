@@ -1,9 +1,11 @@
 """Unrolled GAN's gradients against finite differences and torch's Adam, and its mixtures against loops."""
 
+import argparse
 import copy
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import unrolled_gan
-from conftest import TINY, flat, load, rows, run
+from conftest import TINY, flat, load, rows, run, same_state
 from PIL import Image
 from torch.func import functional_call
 
@@ -305,6 +307,25 @@ def test_networks():
     assert torch.allclose(generator(z), F.relu(F.relu(z @ w1.T + b1) @ w2.T + b2) @ w3.T + b3, atol=1e-6)
 
 
+@pytest.mark.parametrize("size, channels", [(16, 1), (32, 3), (64, 3)])
+def test_networks_of_images(size, channels):
+    generator = unrolled_gan.ImageGenerator(7, 64, size, channels, "leaky", gain=0.5)
+    discriminator = unrolled_gan.ImageDiscriminator(4, size, channels, "relu", gain=0)
+    images = generator(torch.randn(2, 7))
+    assert images.shape == (2, channels, size, size) and images.abs().max() <= 1
+    assert discriminator(images).shape == (2, 1)
+    levels = [64, 32, 16, 8, 4][:size.bit_length() - 2]
+    up = [module for module in generator if isinstance(module, torch.nn.ConvTranspose2d)]
+    down = [module for module in discriminator if isinstance(module, torch.nn.Conv2d)]
+    assert [(m.in_channels, m.out_channels) for m in up] == list(itertools.pairwise(levels))
+    assert [m.out_channels for m in down] == [4, 8, 16, 32][:len(up)]
+    assert all((m.kernel_size, m.stride) == ((3, 3), (2, 2)) for m in down)
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in discriminator)
+    rows_of_first = generator[0].weight.T  # the shorter side of an orthogonal matrix
+    assert torch.allclose(rows_of_first @ rows_of_first.T, 0.25 * torch.eye(7), atol=1e-5)
+    assert not any(m.bias.any() for m in up) and all(m.bias.any() for m in down)
+
+
 @pytest.mark.parametrize("kind, count, extreme", [("ring", 8, 0.32), ("grid", 25, 0.19)])
 def test_mixture_has_exactly_the_asked_spread(kind, count, extreme):
     means, weights = unrolled_gan.mixture(kind, 0, 0)
@@ -370,17 +391,17 @@ def test_mode_statistics_of_known_samples():
 def plain_steps(before: dict, steps: int) -> dict[str, torch.Tensor]:
     """A GAN without any unrolling, from a checkpoint on: D's and G's gradients at the same parameters, two Adams."""
     config = before["config"]
-    generator, discriminator = unrolled_gan.build(config)
+    generator, discriminator = (n.to(memory_format=torch.channels_last) for n in unrolled_gan.build(config))
     generator.load_state_dict(before["state"]["generator"])
     discriminator.load_state_dict(before["state"]["discriminator"])
     g_adam = torch.optim.Adam(generator.parameters(), lr=config["lr"], betas=(0.5, 0.999), fused=True)
     d_adam = torch.optim.Adam(discriminator.parameters(), lr=config["d_lr"], betas=(0.5, 0.999), fused=True)
-    means, weights = unrolled_gan.mixture(config["data"], config["prior_std"], config["seed"])
+    args = argparse.Namespace(**config)
+    data = (unrolled_gan.Points if config["data"] == "ring" else unrolled_gan.Images)(args, torch.device("cpu"))
     torch.set_rng_state(before["state"]["rng"][:-16].clone())
     for _ in range(steps):
         z = torch.randn(config["batch_size"], config["latent"])
-        real = unrolled_gan.draw(means, weights, 0.02, config["batch_size"])
-        fake = generator(z)
+        real, fake = data(), generator(z)
         real_logits, fake_logits = discriminator(torch.cat([real, fake])).chunk(2)
         f = -(F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())
         g_loss = f if config["g_loss"] == "saddle" else F.softplus(-fake_logits).mean()
@@ -395,10 +416,17 @@ def plain_steps(before: dict, steps: int) -> dict[str, torch.Tensor]:
             **{f"discriminator/{n}": p for n, p in discriminator.named_parameters()}}
 
 
+@pytest.fixture
+def image_flags(pictures, tmp_path) -> list[str]:
+    folders = ["--data", str(pictures), "--data-root", str(tmp_path / "data")]
+    return [*TINY["unrolled_gan"], *folders, "--image-size", "16", "--d-width", "2"]
+
+
+@pytest.mark.parametrize("data", ("points", "images"))
 @pytest.mark.parametrize("kind", ("saddle", "nonsaturating"))
-def test_no_unrolling_is_the_plain_gan_to_the_bit(kind, tmp_path):
-    out = tmp_path / "run"
-    unrolled_gan.main([*TINY["unrolled_gan"], "--unroll-steps", "0", "--g-loss", kind, "--keep", "--out", str(out)])
+def test_no_unrolling_is_the_plain_gan_to_the_bit(kind, data, image_flags, tmp_path):
+    out, flags = tmp_path / "run", image_flags if data == "images" else TINY["unrolled_gan"]
+    unrolled_gan.main([*flags, "--unroll-steps", "0", "--g-loss", kind, "--keep", "--out", str(out)])
     after = load(out / "checkpoint-000006.pt")["state"]
     for name, value in plain_steps(load(out / "checkpoint-000000.pt"), 6).items():
         network, name = name.split("/")
@@ -450,15 +478,55 @@ def test_strip_and_samples(tmp_path):
     assert json.loads((out / "config.json").read_text())["unroll_steps"] == 2
 
 
-@pytest.mark.parametrize("kind", ("saddle", "nonsaturating"))
-def test_two_ranks_are_one(kind, tmp_path):
-    flags = [*TINY["unrolled_gan"], "--unroll-steps", "3", "--g-loss", kind, "--steps", "4"]
+@pytest.mark.parametrize("more", ("--g-loss saddle", "--g-loss nonsaturating", "IMAGES", "IMAGES --fresh --hflip"))
+def test_two_ranks_are_one(more, image_flags, tmp_path):
+    flags = image_flags if "IMAGES" in more else TINY["unrolled_gan"]
+    flags = [*flags, "--unroll-steps", "3", "--steps", "4", *more.replace("IMAGES", "").split()]
     for name, ranks in (("one", 1), ("two", 2)):
         done = run("unrolled_gan", *flags, "--out", name, cwd=tmp_path, ranks=ranks)
         assert done.returncode == 0, done.stderr
     one, two = (load(tmp_path / name / "checkpoint.pt")["state"] for name in ("one", "two"))
     for network in ("generator", "discriminator"):
         assert all(torch.allclose(value, two[network][name], rtol=0, atol=2e-6) for name, value in one[network].items())
+
+
+@pytest.mark.parametrize("more", ([], ["--fresh", "--hflip"], ["--channels", "1", "--unroll-steps", "0"]))
+def test_images_resume_to_the_bit(more, image_flags, tmp_path):
+    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+    unrolled_gan.main([*image_flags, *more, "--out", whole])
+    unrolled_gan.main([*image_flags, *more, "--steps", "4", "--out", halves])
+    unrolled_gan.main(["--resume", "--out", halves, "--steps", "6"])
+    one, two = (load(Path(folder, "checkpoint.pt")) for folder in (whole, halves))
+    assert same_state(one, two) and rows(Path(whole)) == rows(Path(halves))
+    assert list(rows(Path(whole))[0]) == ["step", "loss_d", "loss_g", "unroll_gain", "swd", "diversity"]
+
+
+def test_images_are_sampled_and_shown(image_flags, pictures, tmp_path):
+    out = tmp_path / "run"
+    unrolled_gan.main([*image_flags, "--image-size", "32", "--out", str(out)])
+    assert Image.open(out / "samples/real.png").width == Image.open(out / "samples/000006.png").width
+    assert (out / "training.gif").exists() and not (out / "strip.png").exists()
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        flags = ["--checkpoint", str(out / "checkpoint.pt"), "--sample", "300", "--seed", seed, "--device", "cpu"]
+        unrolled_gan.main([*flags, "--out", str(tmp_path / name)])
+    a, b, c = ([path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in "abc")
+    assert len(a) == 300 and a == b and a != c
+    with Image.open(tmp_path / "a/00299.png") as image:
+        assert (image.size, image.mode) == ((32, 32), "RGB")
+
+
+def test_one_kind_of_data_does_not_continue_with_another(image_flags, pictures, tmp_path):
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    for name, flags in (("points", TINY["unrolled_gan"]), ("images", image_flags)):
+        unrolled_gan.main([*flags, "--out", str(tmp_path / name)])
+    unrolled_gan.main(["--resume", "--out", str(tmp_path / "images"), "--data", str(moved), "--steps", "7"])
+    for name, data in (("points", str(moved)), ("images", "ring"), ("points", "grid")):
+        with pytest.raises(SystemExit, match=f"argument --data: the run has .* and cannot continue with {data}"):
+            unrolled_gan.main(["--resume", "--out", str(tmp_path / name), "--data", data])
+    with pytest.raises(SystemExit, match="--prior-std: goes with"):
+        unrolled_gan.main([*image_flags, "--prior-std", "0.1"])
+    with pytest.raises(SystemExit, match="argument --data: 'moon': choose from ring, grid, .* digits, .* or a folder"):
+        unrolled_gan.main([*TINY["unrolled_gan"], "--data", "moon"])
 
 
 def test_points_of_a_file(tmp_path, monkeypatch):
