@@ -83,8 +83,11 @@ def test_replays_equal_eager_steps(script, more, flags, pictures, tmp_path, requ
 @pytest.mark.parametrize("script, more", [("wgan_gp", ""), ("unrolled_gan", "PICTURES --fresh")])  # several a step
 def test_replays_take_what_the_host_has_filled_in(script, more, flags, pictures, tmp_path, request, monkeypatch):
     from_host = functools.partialmethod(common.Batches.__init__, resident=False)
+    refill, calls = common.Batches.refill, []
     monkeypatch.setattr(common.Batches, "__init__", from_host)
+    monkeypatch.setattr(common.Batches, "refill", lambda batches: calls.append(refill(batches)))
     test_replays_equal_eager_steps(script, more, flags, pictures, tmp_path, request)
+    assert len(calls) == 2 * 8  # before every step, eager and replayed
 
 
 def test_a_failed_capture_goes_on_eagerly(script, flags, tmp_path, graphs, monkeypatch, capsys):

@@ -434,16 +434,17 @@ def test_no_unrolling_is_the_plain_gan_to_the_bit(kind, data, image_flags, tmp_p
     assert all(float(row["unroll_gain"]) == 0 for row in rows(out))
 
 
-def test_discriminator_takes_one_ordinary_step_whatever_is_unrolled(tmp_path):
-    states = []
-    for steps in ("0", "5"):
-        out = tmp_path / steps
-        unrolled_gan.main([*TINY["unrolled_gan"], "--unroll-steps", steps, "--steps", "1", "--out", str(out)])
+@pytest.mark.parametrize("data", ("points", "images"))
+def test_discriminator_takes_one_ordinary_step_whatever_is_unrolled(data, image_flags, tmp_path):
+    states, flags = [], image_flags if data == "images" else TINY["unrolled_gan"]
+    for more in (["--unroll-steps", "0"], ["--unroll-steps", "5"], ["--unroll-steps", "5", "--fresh"]):
+        out = tmp_path / "-".join(more)
+        unrolled_gan.main([*flags, *more, "--steps", "1", "--out", str(out)])
         states.append(load(out / "checkpoint.pt")["state"])
-    plain, unrolled = states
-    assert_equal(plain["discriminator"], unrolled["discriminator"])
-    assert_equal(plain["adam_d"], unrolled["adam_d"])
-    assert any(not torch.equal(value, unrolled["generator"][name]) for name, value in plain["generator"].items())
+    for one, two in itertools.combinations(states, 2):
+        assert_equal(one["discriminator"], two["discriminator"])
+        assert_equal(one["adam_d"], two["adam_d"])
+        assert any(not torch.equal(value, two["generator"][name]) for name, value in one["generator"].items())
 
 
 @pytest.mark.parametrize("more", (["--fresh"], ["--gain", "0", "--activation", "tanh", "--d-activation", "tanh"],
@@ -498,6 +499,7 @@ def test_images_resume_to_the_bit(more, image_flags, tmp_path):
     unrolled_gan.main(["--resume", "--out", halves, "--steps", "6"])
     one, two = (load(Path(folder, "checkpoint.pt")) for folder in (whole, halves))
     assert same_state(one, two) and rows(Path(whole)) == rows(Path(halves))
+    assert one["config"]["channels"] == (1 if "--channels" in more else 3)
     assert list(rows(Path(whole))[0]) == ["step", "loss_d", "loss_g", "unroll_gain", "swd", "diversity"]
 
 
@@ -516,11 +518,12 @@ def test_images_are_sampled_and_shown(image_flags, pictures, tmp_path):
 
 
 def test_one_kind_of_data_does_not_continue_with_another(image_flags, pictures, tmp_path):
-    moved = shutil.copytree(pictures, tmp_path / "moved")
-    for name, flags in (("points", TINY["unrolled_gan"]), ("images", image_flags)):
+    moved, points = shutil.copytree(pictures, tmp_path / "moved"), str(tmp_path / "points.npy")
+    np.save(points, np.eye(2))
+    for name, flags in (("points", [*TINY["unrolled_gan"], "--data", points]), ("images", image_flags)):
         unrolled_gan.main([*flags, "--out", str(tmp_path / name)])
     unrolled_gan.main(["--resume", "--out", str(tmp_path / "images"), "--data", str(moved), "--steps", "7"])
-    for name, data in (("points", str(moved)), ("images", "ring"), ("points", "grid")):
+    for name, data in (("points", str(moved)), ("images", points), ("points", "grid")):
         with pytest.raises(SystemExit, match=f"argument --data: the run has .* and cannot continue with {data}"):
             unrolled_gan.main(["--resume", "--out", str(tmp_path / name), "--data", data])
     with pytest.raises(SystemExit, match="--prior-std: goes with"):
