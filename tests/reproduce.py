@@ -3,7 +3,7 @@
     python tests/reproduce.py began                    # 6 runs of 2,000 steps, two at a time on one thread each
     python tests/reproduce.py ebgan                    # 18 runs of 1,000 steps, on MNIST
     python tests/reproduce.py ebgan64                  # 4 runs of 250 steps at 64x64
-    python tests/reproduce.py unrolled                 # 36 runs of 3,000 steps
+    python tests/reproduce.py unrolled                 # 60 runs of 3,000 steps
     python tests/reproduce.py stacked                  # 1,000 modes: 16 runs of 2,500 steps, one of each other script
     python tests/reproduce.py wgan_gp                  # 21 runs of 1,500 steps
     python tests/reproduce.py defaults                 # default runs, 3 seeds of each, scored by tests/judge.py
@@ -209,31 +209,31 @@ def defaults(jobs: int) -> str:
 
 
 def unrolled(jobs: int) -> str:
-    """Seed 003's table: what 10 unrolled steps buy, for even and uneven mixtures, and for both non-linearities of G."""
-    keys = dict(unroll_steps=(0, 10), prior_std=(0.0, 0.06, 0.12), activation=("relu", "tanh"), seed=(0, 1, 2))
-    cells = [dict(zip(keys, values)) for values in itertools.product(*keys.values())]
+    """Rings and grids of even weights at K = 0, 5 and 10, and seed 003's table: rings of uneven weights."""
+    even = dict(data=("ring", "grid"), prior_std=(0.0,), activation=("relu", "tanh"), unroll_steps=(0, 5, 10))
+    uneven = dict(data=("ring",), prior_std=(0.06, 0.12), activation=("relu", "tanh"), unroll_steps=(0, 10))
+    groups = [dict(zip(keys, values)) for keys in (even, uneven) for values in itertools.product(*keys.values())]
+    cells = [group | dict(seed=seed) for group in groups for seed in (0, 1, 2)]
 
     def measure(cell: dict) -> dict:
         flags = [text for name, value in cell.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         table, folder = train("unrolled_gan", *flags, "--steps", "3000", "--sample-every", "300", "--device", "cpu")
         if cell["seed"] == 0:
-            name = "unrolled-{unroll_steps}-{prior_std}-{activation}.png".format(**cell)
+            name = "unrolled-{data}-{unroll_steps}-{prior_std}-{activation}.png".format(**cell)
             Image.open(folder / "strip.png").quantize(64).save(IMAGES / name, optimize=True)
         shutil.rmtree(folder.parent)
-        last = {column: float(table[-1][column]) for column in ("covered", "coverable", "reached", "quality", "kl")}
+        last = {name: float(table[-1][name]) for name in ("covered", "coverable", "reached", "modes", "quality", "kl")}
         return last | dict(most=max(int(row["covered"]) for row in table), seconds=float(table[-1]["seconds"]))
 
     lines = run_cells("unrolled", cells, measure, jobs)
-    text = "| K | prior std | non-linearity | modes covered | of | reached | high quality, % | KL |\n"
-    text += "|" + "---|" * 8 + "\n"
-    for values in itertools.product(keys["activation"], keys["prior_std"], keys["unroll_steps"]):
-        cell = dict(zip(("activation", "prior_std", "unroll_steps"), values))
-        group = [line for line in lines if cell.items() <= line.items()]
-        column = lambda name, factor=1: [factor * line[name] for line in group]
-        text += (f"| {cell['unroll_steps']} | {cell['prior_std']} | {cell['activation']} "
-                 f"| {spread(column('covered'), 1)} | {spread(column('coverable'), 1)} "
-                 f"| {spread(column('reached'), 1)} | {spread(column('quality', 100), 1)} "
-                 f"| {spread(column('kl'), 3)} |\n")
+    text = "| data | prior std | non-linearity | K | covered | of | reached | modes | high quality, % | KL |\n"
+    text += "|" + "---|" * 10 + "\n"
+    for group in groups:
+        found = [line for line in lines if group.items() <= line.items()]
+        show = lambda name, places, factor=1: spread([factor * line[name] for line in found], places)
+        text += "| {data} | {prior_std} | {activation} | {unroll_steps} | ".format(**group)
+        text += f"{show('covered', 1)} | {show('coverable', 1)} | {show('reached', 1)} | {show('modes', 1)} | "
+        text += f"{show('quality', 0, 100)} | {show('kl', 3)} |\n"
     return text
 
 
