@@ -242,6 +242,7 @@ def mode_statistics(samples: Tensor, means: Tensor, std: float, weights: Tensor)
 
 METRICS = ("loss_d", "loss_g", "unroll_gain")  # L_D, L_G, f(G, theta^K) - f(G, theta)
 PANELS = [("loss_d", "loss_g"), ("unroll_gain",)]
+MODE_PANELS = [("covered", "reached", "modes", "coverable"), ("quality",), ("kl",)]
 
 
 class Mean(torch.autograd.Function):
@@ -283,7 +284,7 @@ class Points:
         self.real = self.picture(points)
         if self.std > 0:
             self.coverable = mode_statistics(points, self.means, self.std, self.weights)["covered"]
-            self.panels = [("covered", "reached", "modes", "coverable"), ("quality",), ("kl",), *PANELS]
+            self.panels = [*MODE_PANELS, *PANELS]
 
     def __call__(self, number: int = 0) -> Tensor:
         """This rank's share of a batch: points [batch_size / WORLD, 2]."""

@@ -73,9 +73,9 @@ def run_cells(name: str, cells: list[dict], measure: Callable[[dict], dict], job
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and sample standard deviation over the seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0
-    return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean and, of more than one seed, sample standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def fifth(table: list[dict[str, str]], name: str, which: int = 5) -> float:

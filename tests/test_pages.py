@@ -71,7 +71,7 @@ def test_flags_exist(page):
 def test_every_column_of_metrics_is_explained(script):
     module, page = importlib.import_module(script), text(f".github/results/{script}.md")
     panels = sum([*module.PANELS, *getattr(module, "MODE_PANELS", [])], ())
-    for column in {"step", *module.METRICS, *panels, "seconds"}:
+    for column in {"step", *module.METRICS, *panels, "swd", "diversity", "seconds"}:
         assert f"\n| `{column}` | " in page, column
 
 
