@@ -2,12 +2,14 @@
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
 import shutil
 from pathlib import Path
 
+import common
 import numpy as np
 import pytest
 import torch
@@ -326,6 +328,21 @@ def test_networks_of_images(size, channels):
     assert not any(m.bias.any() for m in up) and all(m.bias.any() for m in down)
 
 
+@pytest.mark.parametrize("activation, other", [("relu", "leaky"), ("leaky", "tanh"), ("tanh", "relu")])
+def test_settings_reach_the_networks_of_images(activation, other):
+    config = dict(data="fish", image_size=32, channels=3, latent=7, width=16, d_width=4, gain=0.5)
+    for network, name in zip(unrolled_gan.build(config | dict(activation=activation, d_activation=other)),
+                             (activation, other)):
+        layers = [module for module in network if hasattr(module, "weight")]
+        kinds = torch.nn.ReLU, torch.nn.LeakyReLU, torch.nn.Tanh
+        between = [type(module) for module in list(network)[:-1] if isinstance(module, kinds)]
+        assert between == [type(unrolled_gan.ACTIVATIONS[name]())] * (len(layers) - 1)
+        for layer in layers:
+            weight = layer.weight.flatten(1)
+            weight = weight if weight.shape[0] < weight.shape[1] else weight.T
+            assert torch.allclose(weight @ weight.T, 0.25 * torch.eye(len(weight)), atol=1e-5) and not layer.bias.any()
+
+
 @pytest.mark.parametrize("kind, count, extreme", [("ring", 8, 0.32), ("grid", 25, 0.19)])
 def test_mixture_has_exactly_the_asked_spread(kind, count, extreme):
     means, weights = unrolled_gan.mixture(kind, 0, 0)
@@ -434,6 +451,37 @@ def test_no_unrolling_is_the_plain_gan_to_the_bit(kind, data, image_flags, tmp_p
     assert all(float(row["unroll_gain"]) == 0 for row in rows(out))
 
 
+@pytest.mark.parametrize("more", ("--g-loss saddle", "--fresh --hflip"))
+def test_training_takes_the_gradient_through_real_steps(more, image_flags, tmp_path, double):
+    """G's gradient in step 4, which Adam's moments tell, is that of finite differences through torch's own Adam."""
+    out = tmp_path / "run"
+    smooth = "--activation tanh --d-activation tanh --d-lr 0.02 --steps 4 --save-every 1 --keep".split()
+    unrolled_gan.main([*image_flags, *smooth, *more.split(), "--out", str(out)])
+    content, after = load(out / "checkpoint-000003.pt"), load(out / "checkpoint.pt")["state"]
+    config, before = content["config"], content["state"]
+    generator, discriminator = unrolled_gan.build(config)
+    generator.load_state_dict(before["generator"])
+    discriminator.load_state_dict(before["discriminator"])
+    adam = torch.optim.Adam(discriminator.parameters(), config["d_lr"], (0.5, 0.999))
+    adam.load_state_dict(adam.state_dict() | dict(state=before["adam_d"]))
+    images = common.load_images(config["data"], 16, 3, config["data_root"])
+    draw = common.Batches(images, 4, torch.device("cpu"), config["hflip"])
+    torch.set_rng_state(before["rng"][:-16].clone())
+    z, real = torch.randn(4, config["latent"]), draw()
+    inner = [draw(), draw()] if config["fresh"] else [real, real]
+
+    def after_real_steps():
+        fake = generator(z).detach()
+        theta = real_steps(discriminator, adam, lambda network, k: unrolled_gan.discriminator_loss(
+            network(inner[k]), network(fake)), 2)
+        return unrolled_gan.generator_loss(*logits(discriminator, theta, real, fake), config["g_loss"])
+
+    few = {i: p for i, p in enumerate(generator.parameters()) if p.numel() < 10}  # biases
+    got = torch.cat([2 * after["adam_g"][i]["exp_avg"] - before["adam_g"][i]["exp_avg"] for i in few])
+    want = differences(after_real_steps, few.values(), h=1e-4)
+    assert len(want) > 8 and (got - want).abs().max() < 1e-6 * want.abs().max()
+
+
 @pytest.mark.parametrize("data", ("points", "images"))
 def test_discriminator_takes_one_ordinary_step_whatever_is_unrolled(data, image_flags, tmp_path):
     states, flags = [], image_flags if data == "images" else TINY["unrolled_gan"]
@@ -501,6 +549,32 @@ def test_images_resume_to_the_bit(more, image_flags, tmp_path):
     assert same_state(one, two) and rows(Path(whole)) == rows(Path(halves))
     assert one["config"]["channels"] == (1 if "--channels" in more else 3)
     assert list(rows(Path(whole))[0]) == ["step", "loss_d", "loss_g", "unroll_gain", "swd", "diversity"]
+
+
+@pytest.mark.parametrize("size, channels", [(16, 1), (64, 3)])
+def test_images_are_compared_with_those_of_the_data(size, channels, image_flags, pictures, tmp_path):
+    out = tmp_path / "run"
+    unrolled_gan.main([*image_flags, "--image-size", str(size), "--channels", str(channels), "--out", str(out)])
+    generator, config = unrolled_gan.load_generator(out / "checkpoint.pt")
+    samples = generator(load(out / "checkpoint.pt")["state"]["fixed_z"])
+    images = common.load_images(str(pictures), size, channels, config["data_root"])
+    assert samples.shape == (256, channels, size, size)
+    want = common.compare(samples, images)
+    assert {name: float(rows(out)[-1][name]) for name in want} == pytest.approx(want, rel=1e-3)
+    common.save_grid(samples[:64], tmp_path / "samples.png", columns=8)
+    common.save_grid(images, tmp_path / "real.png", columns=8)
+    for one, two in ("samples", "000006"), ("real", "real"):
+        with Image.open(tmp_path / f"{one}.png") as wanted, Image.open(out / f"samples/{two}.png") as got:
+            assert wanted.size == got.size and np.abs(np.asarray(wanted, int) - np.asarray(got, int)).max() <= 1
+
+
+def test_every_unrolled_step_has_real_images_of_its_own(image_flags, tmp_path, monkeypatch):
+    """Where the host fills a buffer before the step, each takes its own part of it."""
+    real, taken = common.Batches.__call__, []
+    monkeypatch.setattr(common.Batches, "__init__", functools.partialmethod(common.Batches.__init__, resident=False))
+    monkeypatch.setattr(common.Batches, "__call__", lambda self, number=0: taken.append(number) or real(self, number))
+    unrolled_gan.main([*image_flags, "--fresh", "--steps", "2", "--out", str(tmp_path / "run")])
+    assert taken == [0, 1, 2] * 2
 
 
 def test_images_are_sampled_and_shown(image_flags, pictures, tmp_path):
