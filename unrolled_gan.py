@@ -257,7 +257,7 @@ class Mean(torch.autograd.Function):
     backward = forward
 
 
-def is_of_points(data: str) -> bool:
+def names_points(data: str) -> bool:
     """Whether --data names points, not images."""
     return data in MODE_STD or data.endswith(".npy")
 
@@ -272,13 +272,13 @@ class Points:
             (means, weights), self.std = mixture(args.data, args.prior_std, args.seed), MODE_STD[args.data]
         else:
             try:
-                means = torch.from_numpy(np.load(args.data).astype(np.float32))
+                means = torch.from_numpy(np.load(os.path.expanduser(args.data)).astype(np.float32))
             except Exception:  # whatever another file makes numpy raise
                 means = torch.empty(0)
             if means.ndim != 2 or means.shape[1] != 2 or len(means) == 0 or not means.isfinite().all():
                 raise ValueError(f"argument --data: {args.data!r} is not a file with an array [N, 2] of finite numbers")
             weights, self.std = torch.full((len(means),), 1 / len(means)), 0.0
-        self.all, self.means, self.weights = means, means.to(device), weights.to(device)
+        self.content, self.means, self.weights = means, means.to(device), weights.to(device)
         self.batch_size, self.extent = args.batch_size, 1.5 * means.abs().max().item()
         points = draw(self.means, self.weights, self.std, self.shown)
         self.real = self.picture(points)
@@ -310,11 +310,11 @@ class Images(common.Batches):
     shown, panels = 256, [("swd", "diversity"), *PANELS]
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.all = common.load_images(args.data, args.image_size, args.channels, args.data_root)
+        self.content = common.load_images(args.data, args.image_size, args.channels, args.data_root)
         per_step = 1 + args.unroll_steps if args.fresh else 1
-        super().__init__(self.all, args.batch_size, device, args.hflip, RANK, WORLD, per_step)
-        self.some = common.normalise(common.spread(self.all, self.shown).to(device))
-        self.real = self.picture(self.some)
+        super().__init__(self.content, args.batch_size, device, args.hflip, RANK, WORLD, per_step)
+        self.compared = common.normalise(common.spread(self.content, self.shown).to(device))
+        self.real = self.picture(self.compared)
 
     def picture(self, samples: Tensor) -> Tensor:
         """A grid of the first of them."""
@@ -322,13 +322,13 @@ class Images(common.Batches):
 
     def measure(self, samples: Tensor) -> dict[str, float]:
         """How they compare with images of the data."""
-        return common.compare(samples, self.some)
+        return common.compare(samples, self.compared)
 
 
 def build(config: dict) -> tuple[nn.Module, nn.Module]:
     """The generator and the discriminator of these settings."""
     g_rest, d_rest = ((config[name], config["gain"]) for name in ("activation", "d_activation"))
-    if is_of_points(config["data"]):
+    if names_points(config["data"]):
         discriminator = Discriminator(config["width"], config["d_layers"], *d_rest, config["input_scale"])
         return Generator(config["latent"], config["width"], *g_rest), discriminator
     shape = config["image_size"], config["channels"]
@@ -345,26 +345,26 @@ def save_strip(frames: list[Path], real: Image.Image, path: Path) -> None:
 
 def train(args: argparse.Namespace) -> Path:
     """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
-    of_points = is_of_points(args.data)
+    of_points = names_points(args.data)
     if not (of_points or args.data in common.NAMES or os.path.exists(os.path.expanduser(args.data))):
         raise ValueError(f"argument --data: {args.data!r}: choose from ring, grid, a .npy file of points [N, 2], "
                          f"{common.ACCEPTED}")
-    if args.prior_std > 0 and args.data not in MODE_STD:
-        raise ValueError("argument --prior-std: goes with --data ring or grid")
     device = start(args)
     source = args.checkpoint if args.resume else args.init_from
     saved = from_rank_0(common.load_checkpoint, source, parser()) if source else {}
     if args.resume and args.data != (former := saved["config"]["data"]):  # a file or a folder may have moved
-        if of_points != is_of_points(former) or not MODE_STD.keys().isdisjoint([args.data, former]):
+        if of_points != names_points(former) or not MODE_STD.keys().isdisjoint([args.data, former]):
             raise ValueError(f"argument --data: the run has {former} and cannot continue with {args.data}")
+    if args.prior_std > 0 and args.data not in MODE_STD:
+        raise ValueError("argument --prior-std: goes with --data ring or grid")
     data = Points(args, device) if of_points else Images(args, device)
-    args.channels = 1 if of_points else data.all.shape[1]
+    args.channels = 1 if of_points else data.content.shape[1]
     generator, discriminator = (network.to(device, memory_format=torch.channels_last) for network in build(vars(args)))
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
     adam_g = common.adam(g_parameters, args.lr, args.betas)
     adam_d = common.adam(d_parameters, args.d_lr, args.betas)
     fixed_z = torch.randn(data.shown, args.latent, device=device)
-    record = common.Record(SCRIPT, vars(args), METRICS, device, data.all, writes=RANK == 0)
+    record = common.Record(SCRIPT, vars(args), METRICS, device, data.content, writes=RANK == 0)
     networks = dict(generator=generator.state_dict(), discriminator=discriminator.state_dict())
     state = networks | record.state | dict(
         adam_g=adam_g.state_dict()["state"], adam_d=adam_d.state_dict()["state"], fixed_z=fixed_z)
@@ -447,7 +447,7 @@ def sample(args: argparse.Namespace) -> Path:
     folder, points = Path(args.out or common.next_folder(Path(args.checkpoint).parent / "sample")), []
     for first in range(0, args.sample, 256):
         samples = generator(torch.randn(min(256, args.sample - first), config["latent"]).to(device))
-        if is_of_points(config["data"]):
+        if names_points(config["data"]):
             points.append(samples.cpu())
         else:
             common.save_pngs(samples, folder, first)
