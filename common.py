@@ -1,4 +1,4 @@
-"""Data and image helpers of the four scripts: pictures in, batches, pictures out, two measures of samples."""
+"""Data, pictures and run files of the four scripts: images in, batches, pictures out, two measures, checkpoints."""
 
 import argparse
 import csv
