@@ -337,7 +337,7 @@ def our_step(module, args, images, networks):
 def bench(name: str, device: torch.device, seconds: float, extra: list[str]) -> dict:
     module, flags, make_textbook, networks = BENCHES[name]
     args = module.parser().settings([*flags, *extra, "--device", device.type])
-    size, channels = getattr(args, "image_size", 2), 1 if module is ebgan else 3
+    size, channels = 2 if module is unrolled_gan else args.image_size, 1 if module is ebgan else 3
     images = torch.randint(256, (2048, channels, size, size), dtype=torch.uint8)
     if device.type == "cuda":
         torch.cuda.empty_cache()
