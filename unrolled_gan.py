@@ -25,7 +25,7 @@ and its gradient runs through these steps. D itself then takes one ordinary step
                                                                    # those of the authors' notebook, on our ring
     python unrolled_gan.py --activation relu --gain 0 --d-lr 1e-4 --fresh   # those of andrewliao11/unrolled-gans
 
-Measured, with ReLU: K = 10 covers all 8 modes in 3 of 3 runs, K = 0 none. With tanh both cover all 8.
+Measured, modes at K = 10 and at K = 0, three seeds: ring with ReLU 8.0 of 8 and 1.0, grid with tanh 25.0 of 25 and 2.3.
 """
 
 import argparse
