@@ -52,7 +52,6 @@ SCRIPT = "unrolled_gan"  # checkpoints carry this name, whatever the file is cal
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
-
 ACTIVATIONS = {"relu": nn.ReLU, "leaky": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh}
 
 
@@ -466,7 +465,6 @@ def parser() -> argparse.ArgumentParser:
     parser = common.Parser(SCRIPT, __doc__.split("\n")[0], data="ring", precision=None,
                            more="ring, grid, a .npy file of your own points [N, 2], ")
     add = parser.add_argument_group("Unrolled GAN").add_argument
-
     add("--prior-std", type=number(float, 0, 1), default=0.0, help="standard deviation of the mixture's weights")
     add("--batch-size", type=number(int, 1, 1e6), default=512, help="points or images per batch, over all ranks")
     add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
