@@ -47,17 +47,16 @@ SCRIPT = "ebgan"  # checkpoints carry this name, whatever the file is called
 
 
 class UpConv(nn.Conv2d):
-    """Nearest-neighbour 2x up-sampling and 3x3 convolution, as one transposed convolution.
-
-    The 3x3 kernel's weights that meet the same input pixel are summed beforehand: 2.25 times fewer multiplications.
-    """
+    """Nearest-neighbour 2x up-sampling and 3x3 convolution, with 2.25 times fewer multiplications."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, padding=1)
+        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # to which of 4 rows each of 3 is added
+        self.register_buffer("taps", torch.einsum("hy,wx->hwyx", rows, rows), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = F.pad(self.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
-        return F.conv_transpose2d(x, 4 * F.avg_pool2d(kernel, 2, 1), self.bias, stride=2, padding=1)
+        kernel = torch.einsum("oihw,hwyx->ioyx", self.weight, self.taps)  # sums weights that meet the same pixel
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 def decoder(widths: list[int], channels: int, layers: str, norm: type[nn.Module]) -> nn.Sequential:
