@@ -2,10 +2,10 @@
 
     python tests/reproduce.py began                    # 6 runs of 2,000 steps, two at a time on one thread each
     python tests/reproduce.py ebgan                    # 18 runs of 1,000 steps, on MNIST
-    python tests/reproduce.py ebgan64                  # 4 runs of 250 steps at 64x64
     python tests/reproduce.py unrolled                 # 60 runs of 3,000 steps
     python tests/reproduce.py stacked                  # 1,000 modes: 16 runs of 2,500 steps, one of each other script
     python tests/reproduce.py wgan_gp                  # 21 runs of 1,500 steps
+    python tests/reproduce.py precision                # BEGAN and EBGAN in fp32 and bf16: 12 runs of 1,500 steps
     python tests/reproduce.py defaults                 # default runs, 3 seeds of each, scored by tests/judge.py
 
 MNIST is looked for in the folder that GAN_TEST_DATA names, or else downloaded to data.
@@ -135,25 +135,6 @@ def ebgan_margins(jobs: int) -> str:
     return text
 
 
-def ebgan_64(jobs: int) -> str:
-    """A margin for 64x64 colour, found as the paper advises: from low to high."""
-    columns = ("energy_real", "energy_fake", "loss_d", "swd", "diversity")
-
-    def measure(cell: dict) -> dict:
-        table, folder = train("ebgan", "--data", "faces", "--image-size", "64", "--batch-size", "32", "--steps", "250",
-                              "--log-every", "10", "--margin", str(cell["margin"]), "--device", "cpu")
-        row = IMAGES / f"ebgan-64-{cell['margin']:g}.png"
-        common.save_grid(judge.sampled(folder / "checkpoint.pt", 12), row, columns=12, zoom=1)
-        shutil.rmtree(folder.parent)
-        return {name: fifth(table, name) for name in columns}
-
-    text = "| margin | D(x) | D(G(z)) | L_D | SWD | diversity |\n|" + "---|" * 6 + "\n"
-    for line in run_cells("ebgan64", [dict(margin=margin) for margin in (5.0, 10.0, 20.0, 40.0)], measure, jobs):
-        text += ("| {margin:g} | {energy_real:.2f} | {energy_fake:.2f} | {loss_d:.2f} | {swd:.3f} "
-                 "| {diversity:.2f} |\n".format(**line))
-    return text
-
-
 def wgan_gp_ablation(jobs: int) -> str:
     """The default settings, then without each of their items in turn, and with augmentation."""
     variants = {"default": [], "without EMA": ["--ema", "0"], "without minibatch stddev": ["--no-stddev"],
@@ -205,6 +186,32 @@ def defaults(jobs: int) -> str:
         scores = " | ".join(spread([line[name] for line in group], places) for name, places in columns.items())
         minutes = spread([line["seconds"] / 60 for line in group], 1)
         text += f"| {script} | {data} | {len(group)} | {minutes} | {scores} |\n"
+    return text
+
+
+def precision(jobs: int) -> str:
+    """Does bf16 cost quality? Short runs in both precisions, scored by tests/judge.py."""
+    cells = [dict(script=script, numbers=numbers, seed=seed)
+             for script in ("began", "ebgan") for seed in (0, 1, 2) for numbers in ("fp32", "bf16")]
+    data = dict(began=("faces", "data"), ebgan=("mnist", MNIST))
+    judges = {script: judge.Judge(*where) for script, where in data.items()}
+
+    def measure(cell: dict) -> dict:
+        script, numbers, seed = cell.values()
+        name, root = data[script]
+        table, folder = train(script, "--data", name, "--data-root", root, "--precision", numbers, "--seed", str(seed),
+                              "--steps", "1500", "--sample-every", "1500", "--device", "cpu")
+        scores = judges[script].score(judge.sampled(folder / "checkpoint.pt"))
+        shutil.rmtree(folder.parent)
+        return scores | {"seconds": float(table[-1]["seconds"])}
+
+    lines = run_cells("precision", cells, measure, jobs)
+    columns = dict(frechet=2, precision=2, recall=2, least_class=3, kl=3)
+    text = f"| script | numbers | {' | '.join(columns)} |\n|" + "---|" * 7 + "\n"
+    for script, numbers in itertools.product(data, ("fp32", "bf16")):
+        group = [line for line in lines if (line["script"], line["numbers"]) == (script, numbers)]
+        scores = " | ".join(spread([line[name] for line in group], places) for name, places in columns.items())
+        text += f"| {script} | {numbers} | {scores} |\n"
     return text
 
 
@@ -275,8 +282,8 @@ def stacked(jobs: int) -> str:
     return text
 
 
-TABLES = {"began": began_gammas, "ebgan": ebgan_margins, "ebgan64": ebgan_64, "unrolled": unrolled, "stacked": stacked,
-          "wgan_gp": wgan_gp_ablation, "defaults": defaults}
+TABLES = {"began": began_gammas, "ebgan": ebgan_margins, "unrolled": unrolled, "stacked": stacked,
+          "wgan_gp": wgan_gp_ablation, "precision": precision, "defaults": defaults}
 
 
 def main() -> None:
