@@ -335,10 +335,10 @@ def embed(args: argparse.Namespace) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The flags, each with its check."""
     number, switch = common.number, argparse.BooleanOptionalAction
-    parser = common.Parser(SCRIPT, __doc__.split("\n")[0], data="faces", sizes=(16, 32, 64, 128, 256))
+    parser = common.Parser(SCRIPT, __doc__.split("\n")[0], data="faces", sizes=(16, 32, 64, 128, 256), precision="auto")
     add = parser.add_argument_group("BEGAN").add_argument
     add("--batch-size", type=number(int, 1, 1e6), default=16, help="images per batch, over all ranks")
-    add("--steps", type=number(int, 1), default=7000, help="generator updates of the whole run")
+    add("--steps", type=number(int, 1), default=6000, help="generator updates of the whole run")
     add("--lr", type=number(float, 1e-9, 1), default=4e-4, help="Adam's initial learning rate, both networks")
     add("--lr-min", type=number(float, 0, 1), default=2e-5, help="lower bound of the learning rate")
     add("--lr-patience", type=number(int, 0), default=0, help="steps without a new least M to halve lr; 0: linear fall")

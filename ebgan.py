@@ -325,10 +325,10 @@ def interpolate(args: argparse.Namespace) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The flags, each with its check."""
     number, switch = common.number, argparse.BooleanOptionalAction
-    parser = common.Parser(SCRIPT, __doc__.split("\n")[0], data="digits")
+    parser = common.Parser(SCRIPT, __doc__.split("\n")[0], data="digits", precision="auto")
     add = parser.add_argument_group("EBGAN").add_argument
     add("--batch-size", type=number(int, 2, 1e6), default=64, help="images per batch, over all ranks")
-    add("--steps", type=number(int, 1), default=6000, help="steps of the whole run, see --d-steps and --g-steps")
+    add("--steps", type=number(int, 1), default=5000, help="steps of the whole run, see --d-steps and --g-steps")
     add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, both networks")
     add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], metavar="B", help="Adam's betas")
     add("--margin", type=number(float, 0, 1e4), help="m; default: sqrt(C H W) / 4, 8 for 32x32 grey")

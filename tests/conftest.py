@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
-IMAGE = "--image-size 16 --batch-size 4".split()
+IMAGE = "--image-size 16 --batch-size 4 --precision fp32".split()
 COMMON = "--steps 6 --log-every 2 --sample-every 3 --save-every 2 --device cpu".split()
 TINY = {
     "began": [*IMAGE, *COMMON, "--width", "4", "--latent", "8", "--gamma", "0.5", "--lambda-k", "0.5",
