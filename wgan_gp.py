@@ -20,8 +20,8 @@ The critic C gives real images x high scores and generated ones G(z) low ones. A
     python wgan_gp.py --data cifar10 --n-critic 5 --lr 1e-4 --betas 0 0.9 --no-stddev --no-pixel-norm --dropout 0 \\
         --drift 0 --ema 0 --width 64 --latent 128 --batch-size 64 --steps 200000   # the paper's settings
 
-Measured: fish at 32x32 after 17.5 minutes on one thread of a busy AMD EPYC, Frechet distance 3.5 times that of held-out
-fish, precision 0.58, recall 0.69; then grown to 64x64 in 32 minutes, 3.2 times, 0.57, 0.76 (tests/judge.py).
+Measured: fish at 32x32 after 8.2 minutes on two threads of an AMD EPYC, Frechet distance 3.5 times that of held-out
+fish, precision 0.59, recall 0.70; grown to 64x64 in 32 minutes on a busy thread, 3.2 times, 0.57, 0.76 (tests/judge.py).
 """
 
 import argparse
