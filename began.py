@@ -189,7 +189,7 @@ def train(args: argparse.Namespace) -> Path:
         raise ValueError(f"argument --lr-min: {args.lr_min} is above --lr {args.lr}")
     device = start(args)
     source = args.checkpoint if args.resume else args.init_from
-    saved = from_rank_0(common.load_checkpoint, source, parser())["state"] if source else {}
+    saved = from_rank_0(parser().load_checkpoint, source)["state"] if source else {}
     images = common.load_images(args.data, args.image_size, args.channels, args.data_root)
     batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD)
     args.channels = images.shape[1]
@@ -276,7 +276,7 @@ def train(args: argparse.Namespace) -> Path:
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
     """A checkpoint's averaged generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = common.load_checkpoint(path, parser())
+    content = parser().load_checkpoint(path)
     generator = build(Generator, content["config"])
     common.fill({"ema": generator.state_dict()}, content["state"], path)
     return generator.to(device).eval().requires_grad_(False), content["config"]
@@ -303,7 +303,7 @@ def interpolate(args: argparse.Namespace) -> Path:
     generator, config, device, folder = open_generator(args, "interpolate")
     begin, end = uniform(2 * args.interpolate, config["latent"]).to(device).chunk(2)
     walk = [generator(torch.lerp(begin, end, step / 11)) for step in range(12)]
-    common.save_strip(torch.stack(walk, dim=1), folder / "walks.png")
+    common.save_grid(torch.stack(walk, dim=1), folder / "walks.png")
     return folder
 
 
@@ -325,7 +325,7 @@ def embed(args: argparse.Namespace) -> Path:
     found, mirrored = z.detach().chunk(2)
     for name, end, goal in ("pairs", found.roll(-1, 0), real.roll(-1, 0)), ("mirrors", mirrored, real.flip(3)):
         walk = [generator(torch.lerp(found, end, step / 7)) for step in range(8)]
-        common.save_strip(torch.stack([real, *walk, goal], dim=1), folder / f"{name}.png")  # real ones at the ends
+        common.save_grid(torch.stack([real, *walk, goal], dim=1), folder / f"{name}.png")  # real ones at the ends
     return folder
 
 
@@ -352,7 +352,7 @@ def parser() -> argparse.ArgumentParser:
     add("--residual-steps", type=number(int, 0), default=0, help="steps of vanishing residuals (paper: 16000); 0: none")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged generator; 0: no averaging")
     parser.use("--interpolate", type=number(int, 1, 1000), metavar="N", help="skip training and write N walks in z")
-    parser.use("--embed", type=common.filled, metavar="FOLDER", help="skip training and find z for its pictures")
+    parser.use("--embed", metavar="FOLDER", help="skip training and find z for its pictures")
     return parser
 
 

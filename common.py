@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import warnings
 import zipfile
@@ -65,12 +64,8 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
 def file_lock(path: str | Path, wait: bool) -> Iterator[None]:
     """Hold the lock of a file. Where another process has it: wait, or else OSError. No lock where files have none."""
     folder = Path(path).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    except OSError as error:
-        raise OSError(f"cannot write {ascii(str(path))}: {_reason(error)}") from error
-    with file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
         with suppress(ImportError):  # on Windows
             import fcntl
             try:
@@ -429,21 +424,24 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
         raise ValueError(f"{source!r} is a dataset and also a folder here: give ./{source} to use the folder, or "
                          "rename the folder to use the dataset")
     if source in DRAWN:
-        return _draw(source, image_size, channels or DRAWN[source][1], root)[0]
+        draw, own = DRAWN[source]
+        return _cached(source, [DRAWN_SEED, DRAWING_VERSION], range(DRAWN_COUNT), image_size, channels or own, root,
+                       lambda index: draw(random.Random(f"{DRAWN_SEED}-{index}"), image_size)[0])
     if source in STACKED:
         if channels == 1:
             raise ValueError(f"{source!r} has 3 channels")
         digits = load_images(STACKED[source], image_size, 1, root)
-        return digits[_stacked(len(digits))].squeeze(2)
+        chosen = torch.randint(len(digits), (25_600, 3), generator=torch.Generator().manual_seed(0))
+        return digits[chosen].squeeze(2)
     if source == "celeba":
-        names = {os.path.join("img_align_celeba", name) for name in _torchvision(source, root).filename}
-        return _read_folder(os.path.join(root, "celeba"), image_size, channels or 3, root, names)
+        names, folder = list(_torchvision(source, root).filename), os.path.join(root, "celeba", "img_align_celeba")
+        return _cached(source, names, names, image_size, channels or 3, root,
+                       lambda name: Image.open(os.path.join(folder, name), formats=FORMATS).crop(CELEBA_BOX))
     if source in TORCHVISION:
         data = torch.as_tensor(_torchvision(source, root).data)  # [N, 28, 28] or [N, 32, 32, 3]
         from torchvision.transforms import functional  # here, because torchvision doubles the start-up time
         images = data.permute(0, 3, 1, 2) if data.ndim == 4 else functional.pad(data[:, None], [2])
-        if channels == 1 and data.ndim == 4:
-            images = functional.rgb_to_grayscale(images)
+        images = functional.rgb_to_grayscale(images) if channels == 1 else images
         parts = images.split(1000)  # because resizing takes more memory than its result
         images = torch.cat([functional.resize(part, [image_size] * 2, antialias=True) for part in parts])
         return images.expand(-1, channels or -1, -1, -1).contiguous()
@@ -452,18 +450,6 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
     if os.path.isfile(source):
         raise ValueError(f"{source!r} is a file: give a folder of pictures, and unpack an archive first")
     raise ValueError(f"no such data: {source!r}; give {ACCEPTED}")
-
-
-def load_labels(source: str, root: str = "data") -> Tensor:
-    """The classes of digits, faces, fish, mnist, fashion, cifar10, or stacked digits (0 to 999): int64 [N]."""
-    if source in DRAWN:
-        return torch.tensor(_draw(source, 32, DRAWN[source][1], root)[1]["labels"])
-    if source in STACKED:
-        digits = load_labels(STACKED[source], root)
-        return digits[_stacked(len(digits))] @ torch.tensor([100, 10, 1])
-    if source not in TORCHVISION or source == "celeba":
-        raise ValueError(f"{source!r} has no labels")
-    return torch.as_tensor(_torchvision(source, root).targets)
 
 
 def spread(images: Tensor, count: int) -> Tensor:
@@ -500,14 +486,8 @@ def _levels(image: Image.Image) -> tuple[int, float, float]:
     channels = 1 if Image.getmodebase(image.mode) == "L" else 3
     if image.mode[0] not in "IF" or image.width * image.height > MAX_PIXELS:
         return channels, 0.0, 0.0
-    values = np.asarray(image, np.float32)
-    values = values[np.isfinite(values)]
+    values = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
     return channels, float(values.min(initial=0)), float(values.max(initial=0))
-
-
-def _stacked(count: int) -> Tensor:
-    """Which of `count` digits are the red, green and blue of 25,600 stacked pictures."""
-    return torch.randint(count, (25_600, 3), generator=torch.Generator().manual_seed(0))
 
 
 def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
@@ -523,21 +503,13 @@ def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
         raise OSError(f"{source} failed ({_reason(error)}); give a folder of pictures: --data FOLDER") from error
 
 
-def _draw(source: str, image_size: int, channels: int, root: str) -> tuple[Tensor, dict]:
-    """A generated set, as `_cached` returns it."""
-    def draw(index: int) -> tuple[Image.Image, int]:
-        return DRAWN[source][0](random.Random(f"{DRAWN_SEED}-{index}"), image_size)
-    return _cached(source, [DRAWN_SEED, DRAWING_VERSION], range(DRAWN_COUNT), draw, image_size, channels, root)
-
-
-def _read_folder(folder: str, image_size: int, channels: int | None, root: str, celeba: set[str] = set()) -> Tensor:
-    """The pictures below `folder`, sorted by path; with `celeba` only those paths, cropped. See `load_images`."""
-    def read(name: str) -> tuple[Image.Image, str]:
+def _read_folder(folder: str, image_size: int, channels: int | None, root: str) -> Tensor:
+    """The pictures below `folder`, sorted by path. See `load_images`."""
+    def read(name: str) -> Image.Image:
         path = os.path.join(folder, name)
         if not os.path.isfile(path):  # opening a pipe would wait for ever
             raise OSError("broken link, closed folder or not a file")
-        image = Image.open(path, formats=FORMATS)
-        return image.crop(CELEBA_BOX) if celeba else image, name
+        return Image.open(path, formats=FORMATS)
 
     found, unread, seen, start = [], Counter(), set(), len(os.path.join(folder, ""))
     walk = os.walk(folder, followlinks=True, onerror=lambda error: found.append([error.filename[start:]]))
@@ -553,51 +525,49 @@ def _read_folder(folder: str, image_size: int, channels: int | None, root: str, 
                 found.append([path[start:], *stamp])
             else:
                 unread[ascii(Path(path).suffix.lower())[1:-1][:9] or "unnamed"] += 1
-    found = sorted(entry for entry in found if not celeba or entry[0] in celeba)
-    name, names = os.path.abspath(folder), [entry[0] for entry in found]
+    found.sort()
     most = ", ".join(f"{count:,} {suffix}" for suffix, count in unread.most_common(5))
-    remark = f", {unread.total():,} files not read ({most})" if unread and not celeba else ""
-    return _cached(name, [found, bool(celeba)], names, read, image_size, channels, root, not celeba, remark)[0]
+    remark = f", {unread.total():,} files not read ({most})" if unread else ""
+    names = [name for name, *_ in found]
+    return _cached(os.path.abspath(folder), found, names, image_size, channels, root, read, True, remark)
 
 
-def _cached(name: str, content: list, items: Sequence, read: Callable, image_size: int, channels: int | None,
-            root: str, survey: bool = False, remark: str = "") -> tuple[Tensor, dict]:
-    """The pictures read(item) -> (PIL picture, label) of all items, from a file in `root`/cache, made if need be.
+def _cached(name: str, content: list, items: Sequence, image_size: int, channels: int | None, root: str,
+            read: Callable, survey: bool = False, remark: str = "") -> Tensor:
+    """The pictures read(item) of all items as uint8 [N, C, H, W], mapped from a file in `root`/cache, made if need be.
 
     The name of the file holds a digest of `content`: when that changes, a new file replaces the old one. A .json with
-    checksums is written last; a file without it, or with other checksums, does not count.
+    checksums, skipped (pairs of item and reason), own (channels of the set itself) and a remark on the set is written
+    last; a file without it, or with other checksums, does not count. The argument `remark` is on the folder as it is.
     survey: look at all pictures beforehand, for the channels (unless given) and for the scale of grey levels.
-    Returns the memory-mapped uint8 [N, C, H, W] and the .json: labels, checksums, skipped (pairs of item and reason),
-    own (channels of the set itself) and remark (on the set; the argument `remark` is on the folder as it is now).
     """
     keys = name, [CACHE_VERSION, len(items), content]
     place, state = (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in keys)
     shown, folder = ascii(os.path.basename(name))[1:-1], Path(root, "cache")
     stem = f"{re.sub('[^A-Za-z0-9]+', '-', shown)[:40]}-{place}-{image_size}x"
 
-    def mapped(how: str) -> tuple[Tensor, dict] | None:
+    def mapped(how: str) -> Tensor | None:
         for number in [channels] if channels else [1, 3]:
             file = folder / f"{stem}{number}-{state}.u8"
             with suppress(Exception), open(file, "rb") as opened:  # not there, or damaged
                 notes = json.loads(file.with_suffix(".json").read_text())
                 images = torch.frombuffer(mmap.mmap(opened.fileno(), 0, **COPY_ON_WRITE), dtype=torch.uint8)
-                images = images.view(len(notes["labels"]), number, image_size, image_size)
+                images = images.view(len(notes["checksums"]), number, image_size, image_size)
                 every, sums = 1 + images.nbytes // 2**31, []  # above 2 GB not all are checked, to start fast
-                for index in range(0, len(images), every):
+                for index in range(0, len(images), every):  # read, which is faster than through the map
                     opened.seek(index * images[0].nbytes)
                     sums.append(zlib.crc32(opened.read(images[0].nbytes)))
                 if sums == notes["checksums"][::every] and number == (channels or notes["own"]):
                     told = f"{how}, {len(notes['skipped']):,} skipped{notes['remark']}{remark}"
                     print(f"{shown}: {len(images):,} pictures {told}", file=sys.stderr)
-                    return images, notes
+                    return images
         return None
 
     def each(task: Callable, told: str) -> Iterator[tuple]:
         def attempt(item: int | str) -> tuple:
             try:
-                image, label = read(item)
-                with image:
-                    return task(image), label
+                with read(item) as image:
+                    return task(image), None
             except Exception as error:  # Pillow raises nearly every kind, MemoryError and struct.error among them
                 return None, [item, _reason(error)]
 
@@ -609,45 +579,43 @@ def _cached(name: str, content: list, items: Sequence, read: Callable, image_siz
                     print(f"{shown}: {told} {first:,} of {len(items):,} ", end=end, file=sys.stderr)
                 yield from pool.map(attempt, items[first:first + 256])
 
-    if ready := mapped("from cache"):
-        return ready
+    if (images := mapped("from cache")) is not None:
+        return images
     with file_lock(folder / ".lock", wait=True), warnings.catch_warnings(action="ignore"):  # Pillow's, on odd metadata
-        if ready := mapped("from cache"):  # made by another process meanwhile
-            return ready
-        began, own, low, high, told = time.monotonic(), channels or 3, 0, 0, ""
+        if (images := mapped("from cache")) is not None:  # made by another process meanwhile
+            return images
+        began, own, levels, told = time.monotonic(), channels or 3, (0, 0), ""
         if survey and (looks := [look for look, _ in each(_levels, "looked at") if look]):
             kinds, lows, highs = zip(*looks)
-            own, low, high = max(kinds), min(lows), max(highs)
-            if low != high:
-                told = f", grey levels above 8 bits: {low:g} to {high:g} scaled to 0 to 255"
-        number, labels, skipped, checksums, flat = channels or own, [], [], [], 0
+            own, levels = max(kinds), (min(lows), max(highs))
+            if any(levels):
+                told = f", grey levels above 8 bits: {levels[0]:g} to {levels[1]:g} scaled to 0 to 255"
+        number, skipped, checksums, flat = channels or own, [], [], 0
         file = folder / f"{stem}{number}-{state}.u8"
         with atomic_write(file) as out:
-            for array, label in each(lambda image: to_array(image, image_size, number, (low, high)), "decoded"):
-                if array is None:
-                    skipped.append(label)
+            for array, failure in each(lambda image: to_array(image, image_size, number, levels), "decoded"):
+                if failure:
+                    skipped.append(failure)
                     continue
                 out.write(array)
-                labels.append(label)
                 checksums.append(zlib.crc32(array))
                 flat += int(np.ptp(array, axis=(1, 2)).max() < 8)
             for item, reason in skipped[:10]:
                 print(f"skipped {ascii(item)}: {reason}", file=sys.stderr)
-            if not labels:
+            if not checksums:
                 raise ValueError(f"no usable picture in {name!r} ({len(skipped):,} skipped{remark}); give {ACCEPTED}")
         if len(skipped) > 10:
             print(f"and {len(skipped) - 10:,} more, listed in {file.with_suffix('.json')}", file=sys.stderr)
         told += f", {flat:,} nearly constant" if flat else ""
-        notes = {"labels": labels, "checksums": checksums, "skipped": skipped, "own": own, "remark": told}
         with atomic_write(file.with_suffix(".json")) as out:
-            out.write(json.dumps(notes).encode())
+            out.write(json.dumps(dict(checksums=checksums, skipped=skipped, own=own, remark=told)).encode())
         for old in [*folder.glob(f"{stem}{number}-*"), *folder.glob("*.tmp*")]:
             if old.stem != file.stem:  # outdated, or left by a process that was killed
                 with suppress(OSError):
                     old.unlink()
-        if ready := mapped(f"decoded in {time.monotonic() - began:.0f} s"):
-            return ready
-        raise OSError(f"cannot read {ascii(str(file))} back, or not map it into memory")
+        if (images := mapped(f"decoded in {time.monotonic() - began:.0f} s")) is None:
+            raise OSError(f"cannot read {ascii(str(file))} back, or not map it into memory")
+        return images
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -675,7 +643,7 @@ class Batches:
         self.batch_size, self.device, self.hflip, self.rank, self.world = batch_size, device, hflip, rank, world
         self.images = images.to(device) if resident else images
         shape = (per_step, batch_size // world, *images.shape[1:])
-        self.buffer = None if resident else torch.empty(shape, dtype=torch.uint8, device=device)
+        self.buffer = () if resident else torch.empty(shape, dtype=torch.uint8, device=device)
 
     def _indices(self) -> Tensor:
         """This rank's share of the random indices of a batch."""
@@ -684,12 +652,12 @@ class Batches:
 
     def refill(self) -> None:
         """Copy the next batches into the buffer, if there is one."""
-        for slot in () if self.buffer is None else self.buffer:
+        for slot in self.buffer:
             batch = self.images[self._indices()]
             slot.copy_(batch.pin_memory() if self.device.type == "cuda" else batch, non_blocking=True)
 
     def __call__(self, number: int = 0) -> Tensor:
-        batch = self.images[self._indices()] if self.buffer is None else self.buffer[number]
+        batch = self.buffer[number] if len(self.buffer) else self.images[self._indices()]
         if self.hflip:
             flipped = torch.rand(self.batch_size, device=self.device).chunk(self.world)[self.rank] < 0.5
             batch = torch.where(flipped[:, None, None, None], batch.flip(3), batch)
@@ -737,11 +705,13 @@ def to_bytes(images: Tensor) -> Tensor:
 def save_grid(images: Tensor, path: str | Path, columns: int | None = None, zoom: int | None = None) -> None:
     """Write images [N, C, H, W] (C is 1 or 3, values as for `to_bytes`) as one PNG, row by row with white gaps.
 
-    The grid is about square unless `columns` is given. Each pixel becomes zoom x zoom of them: by default the largest
-    whole zoom, at most 4, that keeps the images of a row within 1024 pixels. Raises ValueError if there is no image.
+    The grid is about square unless `columns` is given; images [R, N, C, H, W] make R rows. Each pixel becomes zoom x
+    zoom of them: by default the most, up to 4, that keep a row within 1024. Raises ValueError if there is no image.
     """
     from torchvision.utils import make_grid  # here, because importing torchvision doubles the start-up time
 
+    if images.ndim == 5:
+        images, columns = images.flatten(0, 1), images.shape[1]
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"a grid needs images [N, C, H, W] with N > 0, got {tuple(images.shape)}")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
@@ -752,18 +722,12 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, zoom
         grid.save(file)
 
 
-def save_strip(rows: Tensor, path: str | Path) -> None:
-    """Write interpolations [R, N, C, H, W] as one PNG, each of the R walks a row of N images; else as `save_grid`."""
-    save_grid(rows.flatten(0, 1), path, columns=rows.shape[1])
-
-
 def save_pngs(images: Tensor, folder: str | Path, first: int = 0) -> None:
     """Write images [N, C, H, W] (as for `save_grid`) as folder/00000.png and so on, numbered from `first`.
 
     Real images for an FID tool: `python -c "import common; common.save_pngs(common.load_images('faces', 32), 'real')"`
     """
-    arrays = to_bytes(images).cpu().permute(0, 2, 3, 1).numpy()
-    arrays = arrays[..., 0] if arrays.shape[-1] == 1 else arrays
+    arrays = to_bytes(images).cpu().permute(0, 2, 3, 1).squeeze(3).numpy()  # [N, H, W] of one channel
 
     def save(i: int) -> None:
         with atomic_write(Path(folder, f"{first + i:05d}.png"), sync=False) as file:
@@ -777,8 +741,7 @@ def save_gif(frames: list, path: str | Path, ms: int = 120, hold: int = 1500, li
     """Write frames (paths of pictures, or PIL images) as an endless GIF; ValueError if there is none.
 
     Paths that cannot be read are skipped. Each frame shows for `ms` milliseconds and the last for `hold`. All take the
-    size of the last, reduced by a whole factor to about 512 pixels. More than `limit` frames are thinned evenly, and
-    the first and the last kept.
+    size of the last, reduced by a whole factor to about 512 pixels. At most `limit` are taken, from first to last.
     """
     kept = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(limit, len(frames)))]
     images = []
@@ -802,25 +765,22 @@ def density_picture(points: Tensor, extent: float, size: int = 200, blur: float 
     A histogram smoothed by a Gaussian of standard deviation blur * extent. Colour follows the square root of density,
     so that stray points show, and is darkest at the peak of each picture. Points outside are left out.
     """
-    bins = ((points.detach().float().cpu() / extent + 1) * size / 2).floor()
-    x, y = bins[((bins >= 0) & (bins < size)).all(dim=1)].long().unbind(dim=1)  # NaN fails both, so it is left out too
-    counts = torch.bincount((size - 1 - y) * size + x, minlength=size * size).reshape(size, size).float()
-    place = torch.arange(size) * (2 / size / blur)
-    kernel = torch.exp((place[:, None] - place).square() / -2)
+    x, y = points.detach().float().cpu().numpy().T
+    counts = np.histogram2d(y, x, size, [(-extent, extent)] * 2)[0][::-1]  # leaves NaN out, too
+    place = np.arange(size) * (2 / size / blur)
+    kernel = np.exp((place[:, None] - place) ** 2 / -2)
     density = kernel @ counts @ kernel
-    level = (density / density.max().clamp(min=1e-9)).sqrt().numpy()
+    level = np.sqrt(density / max(density.max(), 1e-9))
     channels = [np.interp(level, np.linspace(0, 1, len(BLUES)), channel) for channel in zip(*BLUES)]
     return Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
 
 
 def save_panels(panels: list[Image.Image], titles: list[str], path: str | Path) -> None:
     """Write pictures of one size side by side, each under its title; ValueError unless there is a title for each."""
-    if not panels or len(panels) != len(titles):
-        raise ValueError(f"need one title for each panel, got {len(panels)} panels and {len(titles)} titles")
     (width, height), gap, head = panels[0].size, 8, 38
     strip = Image.new("RGB", (len(panels) * (width + gap) + gap, head + height + gap), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(24)
-    for i, (panel, title) in enumerate(zip(panels, titles)):
+    for i, (panel, title) in enumerate(zip(panels, titles, strict=True)):
         left = gap + i * (width + gap)
         strip.paste(panel, (left, head))
         draw.text((left + width / 2, head / 2), title, "#333333", font, "mm")
@@ -855,9 +815,8 @@ def _draw_panel(draw: ImageDraw.ImageDraw, left: int, top: int, lines: dict[str,
     """Draw a panel of `save_chart`: grid and labels, lines of points [N, 2], and a legend as its title."""
     right, bottom, font, place = left + 1312, top + 632, ImageFont.load_default(48), left
     points = np.concatenate([*lines.values()])
-    last, low, high = 1, 0, 1
-    if len(points):
-        last, low, high = max(1, points[:, 0].max()), points[:, 1].min(), points[:, 1].max()
+    last = points[:, 0].max(initial=1)
+    low, high = (points[:, 1].min(), points[:, 1].max()) if len(points) else (0, 1)
     log = low > 0 and high > 100 * low
     if log:
         low, high = math.log10(low), math.log10(high)
@@ -895,8 +854,7 @@ def _rows(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
     if min(len(samples), len(data)) < 1 or samples.shape[1:] != data.shape[1:]:
         raise ValueError(f"need samples and data of one shape, got {tuple(samples.shape)}, {tuple(data.shape)}")
     sides = (side.detach().to(samples.device).reshape(len(side), -1) for side in (samples, data))
-    first, second = (side.float() / 127.5 - 1 if side.dtype == torch.uint8 else side.float() for side in sides)
-    return first, second
+    return tuple(side.float() / 127.5 - 1 if side.dtype == torch.uint8 else side.float() for side in sides)
 
 
 def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 256, seed: int = 0) -> float:
@@ -944,26 +902,16 @@ MAY_CHANGE = ("steps", "data", "data_root", "device", "graph", "log_every", "sam
 PLACES = ("out", "data_root")  # settings that a checkpoint does not decide: a foreign one could name any folder
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that there are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
-    """A parser with the flags of every run: of its data, by default ``data`` (``more`` names other data), and the rest.
-
-    Raises ValueError where argparse would print its usage and exit.
-    """
+    """A parser with the flags of every run: of its data, by default `data` (`more` names other data), and the rest."""
 
     def __init__(self, script: str, description: str, data: str, more: str = "", sizes: tuple = (16, 32, 64, 128),
                  precision: str | None = "fp32"):
-        super().__init__(description=description, formatter_class=_Help)
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self.script, switch = script, argparse.BooleanOptionalAction
         add = self.add_argument_group("data").add_argument
-        add("--data", type=filled, default=data, help=more + ", ".join([*NAMES, "or a folder of pictures"]))
-        add("--data-root", type=filled, default="data", help="folder for downloads and the picture cache")
+        add("--data", default=data, help=more + ", ".join([*NAMES, "or a folder of pictures"]))
+        add("--data-root", default="data", help="folder for downloads and the picture cache")
         add("--image-size", type=int, choices=sizes, default=32, help="height and width in pixels")
         add("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB; default: what the data have")
         add("--hflip", action=switch, default=False, help="random horizontal flip, p = 0.5")
@@ -978,32 +926,34 @@ class Parser(argparse.ArgumentParser):
         add("--sample-every", type=number(int, 1), default=100, help="steps between sample pictures")
         add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
         add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
-        add("--out", type=filled, help=f"folder to write to; default: the next free one, e.g. runs/{script}-001")
-        add("--init-from", type=filled, metavar="FILE", help="begin a new run with the networks of this checkpoint")
-        add("--checkpoint", type=filled, metavar="FILE", help="for --resume, --sample, ...; default: the newest run's")
+        add("--out", help=f"folder to write to; default: the next free one, e.g. runs/{script}-001")
+        add("--init-from", metavar="FILE", help="begin a new run with the networks of this checkpoint")
+        add("--checkpoint", metavar="FILE", help="for --resume, --sample, ...; default: the newest run's")
         self.use = self.add_mutually_exclusive_group().add_argument
         self.use("--resume", action="store_true", help="continue the newest run, or that of --out or --checkpoint")
         self.use("--sample", type=number(int, 1), metavar="N", help="skip training and write N samples")
 
     def settings(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The checked command line; with --resume the run's saved settings, of which only MAY_CHANGE can differ."""
-        argv = sys.argv[1:] if argv is None else argv
         args = self.parse_args(argv)
         if not args.resume:
             return args
-        path, saved = args.checkpoint, load_checkpoint(args.checkpoint, self)["config"]
-        args = self.parse_args([*as_flags(saved), *argv])
+        path, saved = args.checkpoint, self.load_checkpoint(args.checkpoint)["config"]
+        kept = {name: value for name, value in saved.items() if name not in PLACES}
+        args = self.parse_args(argv, argparse.Namespace(**kept))
         args.checkpoint, args.out = path, os.path.dirname(path) or "."
         for name, value in saved.items():
             new = getattr(args, name)
             if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
-                flag = name.replace("_", "-")
-                raise ValueError(f"argument --{flag}: the run has {value} and cannot continue with {new}")
+                self.error(f"argument --{name.replace('_', '-')}: the run has {value} and cannot continue with {new}")
         return args
 
-    def parse_args(self, argv: Sequence[str], namespace: None = None) -> argparse.Namespace:
+    def parse_args(self, argv: Sequence[str] | None, namespace: object = None) -> argparse.Namespace:
         """The flags, checked for contradictions, with the checkpoint that they use. Raises ValueError, OSError."""
-        args = super().parse_args(argv)
+        args = super().parse_args(argv, namespace)
+        for name, value in vars(args).items():
+            if value == "":
+                self.error(f"argument --{name.replace('_', '-')}: must not be empty")
         used = any(getattr(args, name, None) for name in USES[1:])
         if args.checkpoint and not used:
             self.error("argument --checkpoint: only allowed with --resume, --sample or another use of a checkpoint")
@@ -1018,33 +968,54 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument --out: {args.out} is not empty; name a new folder, or --resume the run in it")
         if used and not args.checkpoint:
             pattern = f"runs/{self.script}-*/checkpoint.pt"
-            found = sorted(Path().glob(pattern), key=os.path.getmtime)
-            if not found:
+            newest = max(Path().glob(pattern), key=os.path.getmtime, default=None)
+            if newest is None:
                 raise FileNotFoundError(f"no {pattern} in {os.getcwd()!r}; name a file by --checkpoint")
-            args.checkpoint = str(found[-1])
+            args.checkpoint = str(newest)
         return args
 
-    def check_saved(self, config: object) -> None:
-        """Raises ValueError unless these are all the settings of a run, of types and values that the flags accept."""
+    def load_checkpoint(self, path: str | Path) -> dict:
+        """A checkpoint of this script, on the CPU, its settings checked. No code in it is run. OSError, ValueError."""
+        if not os.path.isfile(path):  # to open a pipe would be to wait for ever
+            raise FileNotFoundError(f"no checkpoint {str(path)!r}")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load does not compare checksums
+                    raise ValueError(f"{damaged} has a wrong checksum")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content.keys() != {"script", "config", "state"} or not isinstance(content["state"], dict):
+                raise ValueError("it is not of a run")
+            if content["script"] != self.script:
+                raise ValueError(f"it is one of {content['script']}.py")
+            self._check_saved(content["config"])
+        except Exception as error:  # whatever a damaged file makes them raise, OSError among it
+            raise ValueError(f"{str(path)!r} is not a checkpoint of {self.script}.py ({_reason(error)})") from error
+        return content
+
+    def _check_saved(self, config: dict) -> None:
+        """Raises an exception unless these are all the settings of a run, of types and values that the flags accept."""
         known = vars(self.parse_args([])).keys() - USES
-        if not isinstance(config, dict) or config.keys() != known:
+        if config.keys() != known:
             raise ValueError("settings are missing or not known")
-        values = vars(self.parse_args(as_flags(config)))
-        wrong = [name for name in known - {*PLACES}
-                 if type(values[name]) is not type(config[name]) or values[name] != config[name]]
-        wrong += [name for name in known - {*PLACES, "init_from"} if config[name] is None]  # a run has decided it
-        if wrong:
-            raise ValueError(f"{min(wrong)} is {type(config[min(wrong)]).__name__}")
+        for name in sorted(known - {*PLACES}):
+            flag, value = name.replace("_", "-"), config[name]
+            if name == "init_from" and value is None:  # a run has decided all others
+                continue
+            if isinstance(value, bool):
+                words = [f"--{flag}" if value else f"--no-{flag}"]
+            else:
+                words = [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}={value}"]
+            accepted = getattr(self.parse_args(words), name)
+            if type(accepted) is not type(value) or accepted != value:
+                raise ValueError(f"{name} is {type(value).__name__}")
+
+    def format_help(self) -> str:
+        """With the defaults that there are."""
+        return re.sub(r"\s+\(default:\s+None\)", "", super().format_help())
 
     def error(self, message: str) -> NoReturn:
+        """Raises ValueError, where argparse would print its usage and exit."""
         raise ValueError(message)
-
-
-def filled(text: str) -> str:
-    """An argparse type: text that is not empty."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
 
 
 def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
@@ -1059,27 +1030,10 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
     return parse
 
 
-def as_flags(config: dict) -> list[str]:
-    """Saved settings as a command line, so that the parser checks them as it checks a user's; PLACES are left out."""
-    words = []
-    for name, value in config.items():
-        flag = name.replace("_", "-")
-        if name in PLACES:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            words += [f"--{flag}", *map(str, value)]
-        elif value is not None:
-            words.append(f"--{flag}={value}")
-    return words
-
-
 def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bf16, and so faster than in fp32."""
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -1094,41 +1048,37 @@ def next_folder(stem: str | Path) -> Path:
 
 
 @contextmanager
-def on_signals(act: Callable) -> Iterator[None]:
-    """Call `act` on Ctrl-C, SIGTERM and SIGHUP; but not in a thread, where Python allows no handlers."""
-    kinds = [signal.SIGINT, signal.SIGTERM]
+def stop_requests(at_once: bool = False) -> Iterator[list[int]]:
+    """Collect Ctrl-C, SIGTERM and SIGHUP in the list it yields, to be looked at after each step; the first is answered.
+
+    With `at_once` they raise KeyboardInterrupt instead. Nothing is collected in a thread: Python allows no handlers.
+    """
+    requests, former, kinds = [], {}, [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
         kinds.append(signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        kinds = []
-    former = {kind: signal.signal(kind, act) for kind in kinds}
+
+    def note(kind: int, _: object) -> None:
+        if at_once:
+            raise KeyboardInterrupt
+        if not requests:
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"stopping after this step\n")
+        requests.append(kind)
+
+    with suppress(ValueError):  # in a thread
+        former = {kind: signal.signal(kind, note) for kind in kinds}
     try:
-        yield
+        yield requests
     finally:
         for kind, handler in former.items():
             signal.signal(kind, handler)
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect those signals in the list it yields, to be looked at after each step; the first is answered at once."""
-    requests = []
-
-    def note(kind: int, _: object) -> None:
-        if not requests:
-            with suppress(OSError):  # the terminal may be gone
-                os.write(2, b"stopping after this step\n")
-        requests.append(kind)
-
-    with on_signals(note):
-        yield requests
-
-
-@contextmanager
 def one_line_errors(script: str) -> Iterator[None]:
     """Exit with one line where the body fails for a reason that a user can cause or meet, or is interrupted."""
     try:
-        with on_signals(signal.default_int_handler):
+        with stop_requests(at_once=True):
             yield
     except KeyboardInterrupt as stop:
         sys.exit(f"{script}.py: {str(stop) or 'interrupted'}")
@@ -1150,31 +1100,6 @@ def only_warn(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         print(f"warning: {what}: {_reason(error)}", file=sys.stderr, flush=True)
-
-
-def load_checkpoint(path: str | Path, parser: Parser) -> dict:
-    """A checkpoint's config, checked as the parser checks flags, and its state, on the CPU; no code in it is run.
-
-    Raises OSError, and ValueError for a file that is not a whole checkpoint of the parser's script.
-    """
-    if not os.path.isfile(path):  # to open a pipe would be to wait for ever
-        raise FileNotFoundError(f"no checkpoint {str(path)!r}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load does not compare checksums
-                raise ValueError(f"{damaged} has a wrong checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content.keys() != {"script", "config", "state"} or not isinstance(content["state"], dict):
-            raise ValueError("it is not of a run")
-    except Exception as error:  # whatever a damaged file makes them raise, OSError among it
-        raise ValueError(f"{str(path)!r} is not a checkpoint that can be read ({_reason(error)})") from error
-    try:
-        if content["script"] != parser.script:
-            raise ValueError(f"it is not one of {parser.script}.py")
-        parser.check_saved(content["config"])
-    except ValueError as error:
-        raise ValueError(f"checkpoint {str(path)!r}: {error}") from error
-    return content
 
 
 def adam(parameters: list[torch.nn.Parameter], lr: float | Tensor, betas: Sequence[float]) -> torch.optim.Adam:
@@ -1285,56 +1210,44 @@ class Record:
         self.state["step"].fill_(step)
         self.state["totals"] += values
         if self.writes and sys.stdout.isatty() and time.monotonic() - self.told > 0.5:
-            self._tell(self._means())
-
-    def _means(self) -> dict[str, float]:
-        steps = self.state["step"] - self.state["logged"]
-        return dict(zip(self.metrics, (self.state["totals"] / steps).tolist()))
+            self._tell()
 
     def row(self, watched: dict[str, float]) -> None:
         """Add a row to metrics.csv: means since the last row, and what is `watched`, where NaN makes an empty cell.
 
         Raises FloatingPointError unless the means are finite.
         """
-        means = self._means()
+        means = self._tell()
         self._refuse([f"{name} {value:g}" for name, value in means.items() if not math.isfinite(value)])
         step, values = int(self.state["step"]), means | watched
-        header = ",".join(["step", *values, "seconds"]) + "\n"
-        if self.earlier is None:  # seconds, of earlier sessions
-            kept, self.earlier = self._earlier_rows(header)
+        if self.earlier is None:
+            lines, self.earlier = self._earlier_rows(",".join(["step", *values, "seconds"]) + "\n")
             with atomic_write(self.folder / "metrics.csv") as file:
-                file.write("".join([header, *kept]).encode())
+                file.write("".join(lines).encode())
         cells = [f"{value:.6g}" if math.isfinite(value) else "" for value in values.values()]
         with open(self.folder / "metrics.csv", "a") as file:
             print(step, *cells, f"{self.earlier + time.monotonic() - self.began:.1f}", sep=",", file=file)
         self.state["totals"].zero_()
         self.state["logged"].fill_(step)
         self.rows.append({"step": step} | values)
-        self._tell(means)
 
     def _earlier_rows(self, header: str) -> tuple[list[str], float]:
-        """The rows of metrics.csv up to the first step and the seconds they took.
-
-        A table that is not ours is set aside with a warning.
-        """
+        """The lines of metrics.csv up to the first step, and their seconds. A table that is not ours is set aside."""
         table = self.folder / "metrics.csv"
-        try:
-            found, *rows = table.read_text("utf-8-sig").splitlines(True)
+        with only_warn(f"{table} is now metrics-unreadable.csv"):
+            found, *rows = table.read_text("utf-8-sig").splitlines(True) if table.exists() else [header]
             if found != header:
                 raise ValueError("it has other columns")
             whole = [row for row in rows if row[-1] == "\n" and row.count(",") == header.count(",")]
             kept = [row for row in whole if int(row.partition(",")[0]) <= self.first]
-            return kept, float(kept[-1].rpartition(",")[2]) if kept else 0.0
-        except FileNotFoundError:
-            pass
-        except (ValueError, OSError) as error:
-            os.replace(table, table.with_name("metrics-unreadable.csv"))
-            print(f"warning: {table} is now metrics-unreadable.csv: {_reason(error)}", file=sys.stderr, flush=True)
-        return [], 0.0
+            return [header, *kept], float(kept[-1].rpartition(",")[2]) if kept else 0.0
+        os.replace(table, table.with_name("metrics-unreadable.csv"))
+        return [header], 0.0
 
-    def _tell(self, means: dict[str, float]) -> None:
-        """One line: the step, the metrics, the pace and the time left."""
+    def _tell(self) -> dict[str, float]:
+        """Print the step, the pace, the time left and the means of the metrics since the last row; return the means."""
         step, steps, self.told = int(self.state["step"]), self.config["steps"], time.monotonic()
+        means = dict(zip(self.metrics, (self.state["totals"] / (step - self.state["logged"])).tolist()))
         pace = (step - self.first) / (self.told - self.began)
         line = "  ".join([f"{step}/{steps}", f"{pace:.1f} steps/s", f"{(steps - step) / pace:.0f} s left",
                           *(f"{name} {value:.4g}" for name, value in means.items())])
@@ -1343,6 +1256,7 @@ class Record:
             line = f"\r{line[:width]:<{width}}"
         with suppress(OSError):  # the terminal, or the program that reads, may be gone
             print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
+        return means
 
     def warn(self, message: str | None) -> None:
         """Print a warning, once until it changes."""

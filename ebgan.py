@@ -201,7 +201,7 @@ def train(args: argparse.Namespace) -> Path:
     """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
     device = start(args)
     source = args.checkpoint if args.resume else args.init_from
-    saved = from_rank_0(common.load_checkpoint, source, parser())["state"] if source else {}
+    saved = from_rank_0(parser().load_checkpoint, source)["state"] if source else {}
     images = common.load_images(args.data, args.image_size, args.channels, args.data_root)
     batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD, per_step=args.d_steps)
     args.channels = images.shape[1]
@@ -288,7 +288,7 @@ def train(args: argparse.Namespace) -> Path:
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
     """A checkpoint's averaged generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = common.load_checkpoint(path, parser())
+    content = parser().load_checkpoint(path)
     generator = build(Generator, content["config"])
     common.fill({"ema": generator.state_dict()}, content["state"], path)
     return generator.to(device).eval().requires_grad_(False), content["config"]
@@ -315,7 +315,7 @@ def interpolate(args: argparse.Namespace) -> Path:
     generator, config, device, folder = open_generator(args, "interpolate")
     begin, end = uniform(2 * args.interpolate, config["latent"]).to(device).chunk(2)
     walk = [generator(torch.lerp(begin, end, step / 11)) for step in range(12)]
-    common.save_strip(torch.stack(walk, dim=1), folder / "walks.png")
+    common.save_grid(torch.stack(walk, dim=1), folder / "walks.png")
     return folder
 
 

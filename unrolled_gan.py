@@ -350,7 +350,7 @@ def train(args: argparse.Namespace) -> Path:
                          f"{common.ACCEPTED}")
     device = start(args)
     source = args.checkpoint if args.resume else args.init_from
-    saved = from_rank_0(common.load_checkpoint, source, parser()) if source else {}
+    saved = from_rank_0(parser().load_checkpoint, source) if source else {}
     if args.resume and args.data != (former := saved["config"]["data"]):  # a file or a folder may have moved
         if of_points != names_points(former) or not MODE_STD.keys().isdisjoint([args.data, former]):
             raise ValueError(f"argument --data: the run has {former} and cannot continue with {args.data}")
@@ -433,7 +433,7 @@ def train(args: argparse.Namespace) -> Path:
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """A checkpoint's generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = common.load_checkpoint(path, parser())
+    content = parser().load_checkpoint(path)
     generator, _ = build(content["config"])
     common.fill({"generator": generator.state_dict()}, content["state"], path)
     return generator.to(device).eval().requires_grad_(False), content["config"]

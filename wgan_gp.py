@@ -232,7 +232,7 @@ def train(args: argparse.Namespace) -> Path:
     """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
     device = start(args)
     source = args.checkpoint if args.resume else args.init_from
-    saved = from_rank_0(common.load_checkpoint, source, parser()) if source else {}
+    saved = from_rank_0(parser().load_checkpoint, source) if source else {}
     images = common.load_images(args.data, args.image_size, args.channels, args.data_root)
     batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD, per_step=args.n_critic)
     args.channels = images.shape[1]
@@ -331,7 +331,7 @@ def train(args: argparse.Namespace) -> Path:
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
     """A checkpoint's averaged generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = common.load_checkpoint(path, parser())
+    content = parser().load_checkpoint(path)
     generator = build(Generator, content["config"])
     common.fill({"ema": generator.state_dict()}, content["state"], path)
     return generator.to(device).eval().requires_grad_(False), content["config"]
@@ -368,7 +368,7 @@ def interpolate(args: argparse.Namespace) -> Path:
     end = others[torch.stack([distance.argmin(dim=1), distance.argmax(dim=1)], dim=1).flatten()]
     begin = begin.repeat_interleave(2, dim=0)
     walk = [generator(slerp(begin, end, step / 22)) for step in range(23)]
-    common.save_strip(torch.stack(walk[::2], dim=1), folder / "walks.png")
+    common.save_grid(torch.stack(walk[::2], dim=1), folder / "walks.png")
     frames = [folder / f"frames/{number:02d}.png" for number in range(23)]
     for images, frame in zip(walk, frames):
         common.save_grid(images, frame)

@@ -276,7 +276,7 @@ def test_bad_checkpoints(script, finished, tmp_path, capsys, monkeypatch):
     content = load(finished[script][0] / "checkpoint.pt") | {"script": "other"}
     torch.save(content, tmp_path / "other.pt")
     message = fails(capsys, script, "--resume", "--checkpoint", "other.pt")
-    assert f"'other.pt': it is not one of {script}.py" in message
+    assert f"'other.pt' is not a checkpoint of {script}.py (ValueError: it is one of other.py)" in message
     assert "--checkpoint: only allowed with --resume" in fails(capsys, script, "--checkpoint", "half.pt")
 
 
