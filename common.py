@@ -431,8 +431,7 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
         if channels == 1:
             raise ValueError(f"{source!r} has 3 channels")
         digits = load_images(STACKED[source], image_size, 1, root)
-        chosen = torch.randint(len(digits), (25_600, 3), generator=torch.Generator().manual_seed(0))
-        return digits[chosen].squeeze(2)
+        return digits[_stacked(len(digits))].squeeze(2)
     if source == "celeba":
         names, folder = list(_torchvision(source, root).filename), os.path.join(root, "celeba", "img_align_celeba")
         return _cached(source, names, names, image_size, channels or 3, root,
@@ -450,6 +449,24 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
     if os.path.isfile(source):
         raise ValueError(f"{source!r} is a file: give a folder of pictures, and unpack an archive first")
     raise ValueError(f"no such data: {source!r}; give {ACCEPTED}")
+
+
+def load_labels(source: str, root: str = "data") -> Tensor:
+    """The classes of digits, faces, fish, mnist, fashion, cifar10, or stacked digits (0 to 999): int64 [N]."""
+    if source in DRAWN:
+        draws = (DRAWN[source][0](random.Random(f"{DRAWN_SEED}-{index}"), 8) for index in range(DRAWN_COUNT))
+        return torch.tensor([label for _, label in draws])
+    if source in STACKED:
+        digits = load_labels(STACKED[source], root)
+        return digits[_stacked(len(digits))] @ torch.tensor([100, 10, 1])
+    if source not in TORCHVISION or source == "celeba":
+        raise ValueError(f"{source!r} has no labels")
+    return torch.as_tensor(_torchvision(source, root).targets)
+
+
+def _stacked(count: int) -> Tensor:
+    """Which of `count` digits are the red, green and blue of 25,600 stacked pictures."""
+    return torch.randint(count, (25_600, 3), generator=torch.Generator().manual_seed(0))
 
 
 def spread(images: Tensor, count: int) -> Tensor:

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.datasets import MNIST
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -126,7 +125,7 @@ class Judge:
             images, classes = drawings(data, 2, count, size)
             real, held_out, held_classes = images[count // 3:], images[:count // 3], classes[:count // 3]
         else:
-            images, classes = common.load_images(data, size, root=root), MNIST(root).targets
+            images, classes = common.load_images(data, size, root=root), common.load_labels(data, root=root)
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))[:5000]
             images, classes = common.normalise(images[order]), classes[order]
             seen, labels, held_out, held_classes = images[500:], classes[500:], images[:500], classes[:500]

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import common
-from common import load_images
+from common import load_images, load_labels
 
 ROOT = Path(common.__file__).parent
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -576,7 +576,7 @@ def test_without_locks_each_process_builds_its_cache(tmp_path: Path, monkeypatch
 def test_a_process_that_waits_says_so(tmp_path: Path, monkeypatch, capfd) -> None:
     """A download and a build wait for the lock; a set in the cache does not."""
     class Set:
-        data = torch.zeros(5, 28, 28, dtype=torch.uint8)
+        data, targets = torch.zeros(5, 28, 28, dtype=torch.uint8), torch.arange(5)
 
     def download_only(root: str, download: bool) -> type:
         if not download:
@@ -707,7 +707,7 @@ def test_spread_takes_distinct_pictures_of_the_whole_set() -> None:
 
 def test_a_set_that_is_there_is_only_read(tmp_path: Path, monkeypatch) -> None:
     class Set:
-        data = torch.zeros(5, 28, 28, dtype=torch.uint8)
+        data, targets = torch.zeros(5, 28, 28, dtype=torch.uint8), torch.arange(5)
     fake(monkeypatch, "MNIST", lambda root, download: Set)
     assert len(load_images("mnist", 32, None, str(tmp_path))) == 5 and not list(tmp_path.iterdir())
 
@@ -720,8 +720,9 @@ def test_torchvision_is_not_imported_at_the_start() -> None:
 @pytest.mark.skipif("GAN_TEST_DATA" not in os.environ, reason="GAN_TEST_DATA is not set to a folder with MNIST/raw")
 def test_mnist() -> None:
     root = os.environ["GAN_TEST_DATA"]
-    images = load_images("mnist", 32, None, root)
-    assert images.shape[1:] == (1, 32, 32) and images.dtype == torch.uint8 and len(images) >= 5000
+    images, labels = load_images("mnist", 32, None, root), load_labels("mnist", root)
+    assert images.shape[1:] == (1, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert len(images) == len(labels) >= 5000 and set(labels.tolist()) == set(range(10))
     border = torch.ones(32, 32, dtype=torch.bool)
     border[2:-2, 2:-2] = False
     assert images[..., border].max() == 0 and images[:, :, 2:-2, 2:-2].float().mean() > 25
@@ -738,12 +739,14 @@ def fake(monkeypatch, name: str, make) -> None:
 
 def test_cifar10(tmp_path: Path, monkeypatch) -> None:
     class Set:
-        data = np.full((5, 32, 32, 3), RED, np.uint8)
+        data, targets = np.full((5, 32, 32, 3), RED, np.uint8), [3, 1, 4, 1, 5]
     fake(monkeypatch, "CIFAR10", lambda root, download: Set)
     images = load_images("cifar10", 32, None, str(tmp_path))
     assert images.shape == (5, 3, 32, 32) and images[0, :, 5, 5].tolist() == [255, 0, 0]
     assert load_images("cifar10", 64, None, str(tmp_path)).shape == (5, 3, 64, 64)
     assert load_images("cifar10", 16, 1, str(tmp_path))[0, :, 5, 5].tolist() == [76]
+    labels = load_labels("cifar10", str(tmp_path))
+    assert labels.tolist() == Set.targets and labels.dtype == torch.int64
 
 
 def test_celeba(tmp_path: Path, monkeypatch) -> None:
@@ -758,6 +761,8 @@ def test_celeba(tmp_path: Path, monkeypatch) -> None:
     fake(monkeypatch, "CelebA", lambda root, download: Set)
     images = load_images("celeba", 32, None, str(tmp_path))
     assert images.shape == (2, 3, 32, 32) and images[:, 0].min() > 200
+    with pytest.raises(ValueError, match="no labels"):
+        load_labels("celeba", str(tmp_path))
 
 
 @pytest.mark.parametrize("source, name", common.TORCHVISION.items())
@@ -777,11 +782,11 @@ def test_failed_download(tmp_path: Path, monkeypatch, source: str, name: str) ->
 def test_drawn(tmp_path: Path, monkeypatch, source: str, channels: int) -> None:
     assert common.DRAWN_COUNT == 6_000
     monkeypatch.setattr(common, "DRAWN_COUNT", 300)
-    images = load_images(source, 32, None, str(tmp_path))
-    assert images.shape == (300, channels, 32, 32)
+    images, labels = load_images(source, 32, None, str(tmp_path)), load_labels(source, str(tmp_path))
+    assert images.shape == (300, channels, 32, 32) and labels.shape == (300,) and labels.dtype == torch.int64
     assert len({bytes(image.numpy().tobytes()) for image in images}) == 300
-    image, _ = common.DRAWN[source][0](common.random.Random("0-7"), 32)
-    assert np.array_equal(np.asarray(image), images[7].permute(1, 2, 0).numpy().squeeze())
+    image, label = common.DRAWN[source][0](common.random.Random("0-7"), 32)
+    assert np.array_equal(np.asarray(image), images[7].permute(1, 2, 0).numpy().squeeze()) and labels[7] == label
     assert torch.equal(load_images(source, 32, None, str(tmp_path / "again")), images)
     assert load_images(source, 32, 4 - channels, str(tmp_path)).shape == (300, 4 - channels, 32, 32)
     old = kept(tmp_path)
@@ -795,15 +800,23 @@ def test_drawn(tmp_path: Path, monkeypatch, source: str, channels: int) -> None:
 def test_stacked_digits(tmp_path: Path, monkeypatch, source: str) -> None:
     class Set:
         data = torch.randint(256, (60, 28, 28), dtype=torch.uint8)
+        targets = torch.arange(60) % 10
     fake(monkeypatch, "MNIST", lambda root, download: Set)
     monkeypatch.setattr(common, "DRAWN_COUNT", 60)
     digits = load_images(common.STACKED[source], 32, 1, str(tmp_path))[:, 0]
-    images = load_images(source, 32, None, str(tmp_path))
+    classes = load_labels(common.STACKED[source], str(tmp_path))
+    images, labels = load_images(source, 32, None, str(tmp_path)), load_labels(source, str(tmp_path))
     assert images.shape == (25_600, 3, 32, 32) and images.dtype == torch.uint8
-    number = {digit.numpy().tobytes(): index for index, digit in enumerate(digits)}
-    found = torch.tensor([[number[channel.numpy().tobytes()] for channel in image] for image in images[::50]])
-    assert all(len(channel.unique()) == 60 for channel in found.T)  # any of the digits, independently of the others
-    assert len(found.unique(dim=0)) > 500 and (found.T.float().corrcoef() - torch.eye(3)).abs().max() < 0.2
+    assert labels.shape == (25_600,) and labels.dtype == torch.int64
+    number = {digit.numpy().tobytes(): label.item() for digit, label in zip(digits, classes)}
+    for image, label in zip(images[::500], labels[::500].tolist()):
+        assert [number[channel.numpy().tobytes()] for channel in image] == [label // 100, label // 10 % 10, label % 10]
+    assert labels.unique().numel() == len(classes.unique()) ** 3
     assert torch.equal(load_images(source, 32, 3, str(tmp_path)), images)
     with pytest.raises(ValueError, match=f"{source}' has 3 channels"):
         load_images(source, 32, 1, str(tmp_path))
+
+
+def test_labels_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no labels"):
+        load_labels(str(tmp_path))
