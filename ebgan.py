@@ -199,6 +199,8 @@ def gathered(codes: Tensor) -> Tensor:
 
 def train(args: argparse.Namespace) -> Path:
     """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
+    if len(args.lr) > 2:
+        raise ValueError(f"argument --lr: {len(args.lr)} rates; accepted: one, or that of G and that of D")
     device = start(args)
     source = args.checkpoint if args.resume else args.init_from
     saved = from_rank_0(parser().load_checkpoint, source)["state"] if source else {}
@@ -206,14 +208,13 @@ def train(args: argparse.Namespace) -> Path:
     batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD, per_step=args.d_steps)
     args.channels = images.shape[1]
     args.margin = math.sqrt(images[0].numel()) / 4 if args.margin is None else args.margin
-    args.d_lr = args.d_lr or args.lr
     generator, discriminator = build(Generator, vars(args)).to(device), build(Discriminator, vars(args)).to(device)
     if WORLD > 1 and device.type == "cuda":  # on CPUs, which have no such layer, every rank normalises its own share
         generator, discriminator = map(nn.SyncBatchNorm.convert_sync_batchnorm, (generator, discriminator))
     ema = copy.deepcopy(generator).eval().requires_grad_(False)  # its samples are the ones shown, measured and saved
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
-    g_optimizer = common.adam(g_parameters, args.lr, args.betas)
-    d_optimizer = common.adam(d_parameters, args.d_lr, args.betas)
+    g_optimizer = common.adam(g_parameters, args.lr[0], args.betas)
+    d_optimizer = common.adam(d_parameters, args.lr[-1], args.betas)
     updates = torch.zeros((), device=device)
     fixed_z = uniform(256, args.latent, device)
     shown = common.normalise(common.spread(images, 256).to(device))
@@ -330,8 +331,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("EBGAN").add_argument
     add("--batch-size", type=number(int, 2, 1e6), default=64, help="images per batch, over all ranks")
     add("--steps", type=number(int, 1), default=5000, help="steps of the whole run, see --d-steps and --g-steps")
-    add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, generator")
-    add("--d-lr", type=number(float, 1e-9, 1), help="Adam's learning rate, discriminator; default: that of --lr")
+    add("--lr", type=number(float, 1e-9, 1), nargs="+", default=[1e-3], help="Adam's learning rate; or G's and D's")
     add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], metavar="B", help="Adam's betas")
     add("--margin", type=number(float, 0, 1e4), help="m; default: sqrt(C H W) / 4, 8 for 32x32 grey")
     add("--pt-weight", type=number(float, 0, 1e4), default=0.1, help="weight w of the pull-away term; 0: none")

@@ -99,7 +99,7 @@ def built(module, args, device):
     """Generator and discriminator or critic, the textbook way, and an Adam for each."""
     kinds = module.Generator, getattr(module, "Critic", None) or module.Discriminator
     networks = [textbook(module.build(kind, vars(args))).to(device) for kind in kinds]
-    rate = 1e-3 if module is wgan_gp else args.lr
+    rate = 1e-3 if module is wgan_gp else args.lr[0] if module is ebgan else args.lr
     return *networks, *(torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.99)) for network in networks)
 
 

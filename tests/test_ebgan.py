@@ -10,7 +10,7 @@ import ebgan
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, load, rows
+from conftest import TINY, load, rows, same_state
 
 torch.manual_seed(0)
 DOUBLE = dict(dtype=torch.float64)
@@ -212,8 +212,8 @@ def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, 
     """
     config = before["config"]
     generator, discriminator = loaded(before)
-    g_adam = torch.optim.Adam(generator.parameters(), lr=config["lr"], betas=(0.5, 0.999))
-    d_adam = torch.optim.Adam(discriminator.parameters(), lr=config["d_lr"], betas=(0.5, 0.999))
+    g_adam = torch.optim.Adam(generator.parameters(), lr=config["lr"][0], betas=(0.5, 0.999))
+    d_adam = torch.optim.Adam(discriminator.parameters(), lr=config["lr"][1], betas=(0.5, 0.999))
     torch.set_rng_state(before["state"]["rng"][:-16].clone())
     for _ in range(steps):
         for turn in range(max(config["d_steps"], config["g_steps"])):
@@ -241,7 +241,7 @@ def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, 
 def test_training_is_the_textbooks_though_d_sees_each_batch_once(turns, data_flags, pictures, first, tmp_path, double):
     """So no gradient of the pull-away term, here with a great weight, reaches D, and none of the hinge G."""
     out, margin, (d_steps, g_steps) = tmp_path / "run", 15.5, turns.split()
-    extra = f"--pt-weight 5 --margin {margin} --d-lr 1.5e-3 --d-steps {d_steps} --g-steps {g_steps}".split()
+    extra = f"--pt-weight 5 --margin {margin} --lr 1e-3 1.5e-3 --d-steps {d_steps} --g-steps {g_steps}".split()
     ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], *extra, "--out", str(out)])
     before, after = load(first), load(out / "checkpoint.pt")["state"]
     images = common.load_images(str(pictures), 16, root=before["config"]["data_root"])
@@ -318,11 +318,20 @@ def test_every_update_of_d_has_real_images_of_its_own(data_flags, tmp_path, monk
     assert taken == [0, 1, 2] * 2
 
 
-def test_margin_grows_with_the_image_and_both_rates_are_one(data_flags, tmp_path):
-    flags = [*TINY["ebgan"], *data_flags["ebgan"], "--steps", "2", "--lr", "5e-4"]
-    ebgan.main([*flags, "--out", str(tmp_path / "run")])
-    config = load(tmp_path / "run/checkpoint.pt")["config"]
-    assert config["margin"] == pytest.approx(math.sqrt(3 * 16 * 16) / 4) and config["d_lr"] == 5e-4
+def test_margin_grows_with_the_image(data_flags, tmp_path):
+    ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], "--steps", "2", "--out", str(tmp_path / "run")])
+    assert load(tmp_path / "run/checkpoint.pt")["config"]["margin"] == pytest.approx(math.sqrt(3 * 16 * 16) / 4)
+
+
+def test_one_rate_is_of_both_networks_and_three_are_refused(data_flags, tmp_path):
+    flags = [*TINY["ebgan"], *data_flags["ebgan"], "--steps", "1", "--lr"]
+    for folder, rates in dict(one=["5e-4"], two=["5e-4", "5e-4"], other=["5e-4", "1e-4"]).items():
+        ebgan.main([*flags, *rates, "--out", str(tmp_path / folder)])
+    one, two, other = (load(tmp_path / f"{folder}/checkpoint.pt") for folder in ("one", "two", "other"))
+    assert same_state(one, two) and not same_state(one, other)
+    with pytest.raises(SystemExit, match="--lr: 3 rates; accepted: one, or that of G and that of D"):
+        ebgan.main([*flags, "1e-3", "1e-3", "1e-3", "--out", str(tmp_path / "three")])
+    assert not (tmp_path / "three").exists()
 
 
 @pytest.mark.parametrize("network", ("Generator", "Discriminator"))
