@@ -14,7 +14,7 @@ OTHER_FLAGS = {"--nproc_per_node"}  # torchrun's
 BLOCK = re.compile(r"^```.*?\n(.*?)^```", re.M | re.S)
 WRONG = re.compile(  # English that a native speaker would not write, and American spelling
     r"holds one paper|default (pictures|data ?sets?) are drawn|turned upright|to the bit\b|train nothing|plumbing|"
-    r"mirror every second|\bgray|behavior|\bcenter\b|\bcolors?\b(?!=)|\blicense\b|—|/work/|\.\./shared", re.I)
+    r"mirror every second|\bgray|behavior|\bcenter\b|\bcolors?\b(?!=|/svg)|\blicense\b|—|/work/|\.\./shared", re.I)
 
 
 def text(page: str) -> str:
