@@ -17,13 +17,13 @@ and its gradient runs through these steps. D itself then takes one ordinary step
     python unrolled_gan.py --resume                                # continue the newest run
     python unrolled_gan.py --sample 10000                          # use the trained generator
     torchrun --nproc_per_node 8 unrolled_gan.py --data grid --batch-size 65536 --width 1024   # 8,192 points per GPU
-    python unrolled_gan.py --activation relu --lr 1e-4 --d-lr 1e-4 --betas 0.5 0.999 --d-layers 1 --input-scale 4 \\
+    python unrolled_gan.py --activation relu --lr 1e-4 --betas 0.5 0.999 --d-layers 1 --input-scale 4 \\
         --g-loss saddle --steps 25000                              # the paper's settings
     python unrolled_gan.py --data stacked-mnist --batch-size 128 --activation relu --d-activation leaky --gain 1.4 \\
-        --width 64 --d-width 4 --lr 1e-4 --d-lr 2e-4               # those of its 1,000 modes, D half of G
-    python unrolled_gan.py --d-activation tanh --gain 1.4 --d-lr 1e-4 --unroll-steps 5 --g-loss saddle --steps 25000
+        --width 64 --d-width 4 --lr 1e-4 2e-4               # those of its 1,000 modes, D half of G
+    python unrolled_gan.py --d-activation tanh --gain 1.4 --lr 1e-3 1e-4 --unroll-steps 5 --g-loss saddle --steps 25000
                                                                    # those of the authors' notebook, on our ring
-    python unrolled_gan.py --activation relu --gain 0 --d-lr 1e-4 --fresh   # those of andrewliao11/unrolled-gans
+    python unrolled_gan.py --activation relu --gain 0 --lr 1e-3 1e-4 --fresh   # those of andrewliao11/unrolled-gans
 
 Measured, modes at K = 10 and at K = 0, three seeds: ring with ReLU 8.0 of 8 and 1.0, grid with tanh 25.0 of 25 and 2.3.
 """
@@ -344,6 +344,8 @@ def save_strip(frames: list[Path], real: Image.Image, path: Path) -> None:
 
 def train(args: argparse.Namespace) -> Path:
     """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
+    if len(args.lr) > 2:
+        raise ValueError(f"argument --lr: {len(args.lr)} rates; accepted: one, or that of G and that of D")
     of_points = names_points(args.data)
     if not (of_points or args.data in common.NAMES or os.path.exists(os.path.expanduser(args.data))):
         raise ValueError(f"argument --data: {args.data!r}: choose from ring, grid, a .npy file of points [N, 2], "
@@ -360,8 +362,8 @@ def train(args: argparse.Namespace) -> Path:
     args.channels = 1 if of_points else data.content.shape[1]
     generator, discriminator = (network.to(device, memory_format=torch.channels_last) for network in build(vars(args)))
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
-    adam_g = common.adam(g_parameters, args.lr, args.betas)
-    adam_d = common.adam(d_parameters, args.d_lr, args.betas)
+    adam_g = common.adam(g_parameters, args.lr[0], args.betas)
+    adam_d = common.adam(d_parameters, args.lr[-1], args.betas)
     fixed_z = torch.randn(data.shown, args.latent, device=device)
     record = common.Record(SCRIPT, vars(args), METRICS, device, data.content, writes=RANK == 0)
     networks = dict(generator=generator.state_dict(), discriminator=discriminator.state_dict())
@@ -468,8 +470,8 @@ def parser() -> argparse.ArgumentParser:
     add("--prior-std", type=number(float, 0, 1), default=0.0, help="standard deviation of the mixture's weights")
     add("--batch-size", type=number(int, 1, 1e6), default=512, help="points or images per batch, over all ranks")
     add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
-    add("--lr", type=number(float, 1e-9, 1), default=1e-3, help="Adam's learning rate, generator")
-    add("--d-lr", type=number(float, 1e-9, 1), default=3e-4, help="Adam's learning rate, discriminator")
+    add("--lr", type=number(float, 1e-9, 1), nargs="+", default=[1e-3, 3e-4],
+        help="Adam's learning rate; or G's and D's")
     add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], metavar="B", help="Adam's betas")
     add("--unroll-steps", type=number(int, 0, 1000), default=10, help="the paper's K; 0: the plain GAN")
     add("--g-loss", choices=("saddle", "nonsaturating"), default="nonsaturating", help="f_K, or -E log D(G(z))")

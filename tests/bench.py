@@ -222,7 +222,7 @@ def unrolled_textbook(args, images, device):
         torch.nn.Sequential(linear(inputs, 128), relu(), linear(128, 128), relu(), linear(128, outputs)).to(device)
         for inputs, outputs in ((args.latent, 2), (2, 1)))
     g_adam, d_adam = (adam(network.parameters(), lr=rate, betas=(0.5, 0.999))
-                      for network, rate in ((generator, args.lr), (discriminator, args.d_lr)))
+                      for network, rate in ((generator, args.lr[0]), (discriminator, args.lr[-1])))
     tensor = lambda array: torch.from_numpy(array.astype("float32")).to(device)
     modes = lambda: means.numpy()[np.random.choice(8, args.batch_size, p=[1 / 8] * 8)]
     real = lambda: tensor(np.random.normal(loc=modes(), scale=0.02))

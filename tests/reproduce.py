@@ -257,7 +257,7 @@ def stacked(jobs: int) -> str:
         flags = [text for name, value in cell.items() if name != "script"
                  for text in (f"--{name.replace('_', '-')}", str(value))]
         if cell["script"] == "unrolled_gan":
-            flags += ("--steps 2500 --batch-size 128 --lr 3e-4 --d-lr 6e-4 --width 64 --activation relu "
+            flags += ("--steps 2500 --batch-size 128 --lr 3e-4 6e-4 --width 64 --activation relu "
                       "--d-activation leaky --gain 1.4").split()
         table, folder = train(cell["script"], "--data", "stacked-mnist", "--data-root", MNIST, *flags,
                               "--sample-every", "500", "--device", "cpu")

@@ -10,7 +10,7 @@ import ebgan
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, load, rows, same_state
+from conftest import TINY, load, rows
 
 torch.manual_seed(0)
 DOUBLE = dict(dtype=torch.float64)
@@ -321,17 +321,6 @@ def test_every_update_of_d_has_real_images_of_its_own(data_flags, tmp_path, monk
 def test_margin_grows_with_the_image(data_flags, tmp_path):
     ebgan.main([*TINY["ebgan"], *data_flags["ebgan"], "--steps", "2", "--out", str(tmp_path / "run")])
     assert load(tmp_path / "run/checkpoint.pt")["config"]["margin"] == pytest.approx(math.sqrt(3 * 16 * 16) / 4)
-
-
-def test_one_rate_is_of_both_networks_and_three_are_refused(data_flags, tmp_path):
-    flags = [*TINY["ebgan"], *data_flags["ebgan"], "--steps", "1", "--lr"]
-    for folder, rates in dict(one=["5e-4"], two=["5e-4", "5e-4"], other=["5e-4", "1e-4"]).items():
-        ebgan.main([*flags, *rates, "--out", str(tmp_path / folder)])
-    one, two, other = (load(tmp_path / f"{folder}/checkpoint.pt") for folder in ("one", "two", "other"))
-    assert same_state(one, two) and not same_state(one, other)
-    with pytest.raises(SystemExit, match="--lr: 3 rates; accepted: one, or that of G and that of D"):
-        ebgan.main([*flags, "1e-3", "1e-3", "1e-3", "--out", str(tmp_path / "three")])
-    assert not (tmp_path / "three").exists()
 
 
 @pytest.mark.parametrize("network", ("Generator", "Discriminator"))

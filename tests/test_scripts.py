@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, SCRIPTS, command, flat, load, module, rows, run, same_state
+from conftest import ENVIRONMENT, SCRIPTS, TINY, command, flat, load, module, rows, run, same_state
 from PIL import Image
 
 FLAG_OF_A_PAPER = {"began": ("--gamma", "0.7"), "ebgan": ("--margin", "9"),
@@ -21,7 +21,7 @@ BAD_FLAGS = {
     "ebgan": [("--margin", "-1"), ("--margin", "nan"), ("--pt-weight", "x"), ("--d-steps", "0"), ("--layers", "conv"),
               ("--image-size", "48")],
     "unrolled_gan": [("--data", "moon"), ("--prior-std", "-0.1"), ("--unroll-steps", "-1"), ("--activation", "elu"),
-                     ("--g-loss", "hinge"), ("--d-lr", "0"), ("--d-layers", "0"), ("--input-scale", "0")],
+                     ("--g-loss", "hinge"), ("--lr", "0"), ("--d-layers", "0"), ("--input-scale", "0")],
     "wgan_gp": [("--lr", "1e-3:1,1e-4"), ("--lr", "2e-4~1e-4:1"), ("--n-critic", "0"),
                 ("--dropout", "1"), ("--ema", "1.5"), ("--gp-weight", "-1"), ("--image-size", "48")],
 }
@@ -41,8 +41,6 @@ def fails(capsys, script: str, *arguments: str) -> str:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, data_flags):
     """One finished run of every script, in its own process, begun where --out is left to the script."""
-    from conftest import TINY
-
     folders = {}
     for script in SCRIPTS:
         cwd = tmp_path_factory.mktemp(script)
@@ -50,6 +48,18 @@ def finished(tmp_path_factory, data_flags):
         assert done.returncode == 0, done.stderr
         folders[script] = cwd / "runs" / f"{script}-001", done.stdout
     return folders
+
+
+@pytest.mark.parametrize("script", ["ebgan", "unrolled_gan"])
+def test_one_rate_is_of_both_networks_and_three_are_refused(script, data_flags, tmp_path, capsys):
+    flags = [*TINY[script], *data_flags[script], "--steps", "1", "--lr"]
+    for folder, rates in dict(one=["5e-4"], two=["5e-4", "5e-4"], other=["5e-4", "1e-4"]).items():
+        module(script).main([*flags, *rates, "--out", str(tmp_path / folder)])
+    one, two, other = (load(tmp_path / f"{folder}/checkpoint.pt") for folder in ("one", "two", "other"))
+    assert same_state(one, two) and not same_state(one, other)
+    error = fails(capsys, script, *flags, "1e-3", "1e-3", "1e-3", "--out", tmp_path / "three")
+    assert "--lr: 3 rates; accepted: one, or that of G and that of D" in error
+    assert not (tmp_path / "three").exists()
 
 
 def test_files_of_a_run(script, finished):

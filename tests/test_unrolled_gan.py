@@ -411,8 +411,8 @@ def plain_steps(before: dict, steps: int) -> dict[str, torch.Tensor]:
     generator, discriminator = (n.to(memory_format=torch.channels_last) for n in unrolled_gan.build(config))
     generator.load_state_dict(before["state"]["generator"])
     discriminator.load_state_dict(before["state"]["discriminator"])
-    g_adam = torch.optim.Adam(generator.parameters(), lr=config["lr"], betas=(0.5, 0.999), fused=True)
-    d_adam = torch.optim.Adam(discriminator.parameters(), lr=config["d_lr"], betas=(0.5, 0.999), fused=True)
+    g_adam = torch.optim.Adam(generator.parameters(), lr=config["lr"][0], betas=(0.5, 0.999), fused=True)
+    d_adam = torch.optim.Adam(discriminator.parameters(), lr=config["lr"][-1], betas=(0.5, 0.999), fused=True)
     args = argparse.Namespace(**config)
     data = (unrolled_gan.Points if config["data"] == "ring" else unrolled_gan.Images)(args, torch.device("cpu"))
     torch.set_rng_state(before["state"]["rng"][:-16].clone())
@@ -455,14 +455,14 @@ def test_no_unrolling_is_the_plain_gan_to_the_bit(kind, data, image_flags, tmp_p
 def test_training_takes_the_gradient_through_real_steps(more, image_flags, tmp_path, double):
     """G's gradient in step 4, which Adam's moments tell, is that of finite differences through torch's own Adam."""
     out = tmp_path / "run"
-    smooth = "--activation tanh --d-activation tanh --d-lr 0.02 --steps 4 --save-every 1 --keep".split()
+    smooth = "--activation tanh --d-activation tanh --lr 1e-3 0.02 --steps 4 --save-every 1 --keep".split()
     unrolled_gan.main([*image_flags, *smooth, *more.split(), "--out", str(out)])
     content, after = load(out / "checkpoint-000003.pt"), load(out / "checkpoint.pt")["state"]
     config, before = content["config"], content["state"]
     generator, discriminator = unrolled_gan.build(config)
     generator.load_state_dict(before["generator"])
     discriminator.load_state_dict(before["discriminator"])
-    adam = torch.optim.Adam(discriminator.parameters(), config["d_lr"], (0.5, 0.999))
+    adam = torch.optim.Adam(discriminator.parameters(), config["lr"][-1], (0.5, 0.999))
     adam.load_state_dict(adam.state_dict() | dict(state=before["adam_d"]))
     images = common.load_images(config["data"], 16, 3, config["data_root"])
     draw = common.Batches(images, 4, torch.device("cpu"), config["hflip"])
