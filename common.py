@@ -451,19 +451,6 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
     raise ValueError(f"no such data: {source!r}; give {ACCEPTED}")
 
 
-def load_labels(source: str, root: str = "data") -> Tensor:
-    """The classes of digits, faces, fish, mnist, fashion, cifar10, or stacked digits (0 to 999): int64 [N]."""
-    if source in DRAWN:
-        draws = (DRAWN[source][0](random.Random(f"{DRAWN_SEED}-{index}"), 8) for index in range(DRAWN_COUNT))
-        return torch.tensor([label for _, label in draws])
-    if source in STACKED:
-        digits = load_labels(STACKED[source], root)
-        return digits[_stacked(len(digits))] @ torch.tensor([100, 10, 1])
-    if source not in TORCHVISION or source == "celeba":
-        raise ValueError(f"{source!r} has no labels")
-    return torch.as_tensor(_torchvision(source, root).targets)
-
-
 def _stacked(count: int) -> Tensor:
     """Which of `count` digits are the red, green and blue of 25,600 stacked pictures."""
     return torch.randint(count, (25_600, 3), generator=torch.Generator().manual_seed(0))

@@ -37,6 +37,18 @@ import common  # noqa: E402
 VERSION = 1  # increase it when a drawing, or anything else in a judge, changes
 
 
+def load_labels(source: str, root: str = "data") -> Tensor:
+    """The classes of digits, faces, fish, mnist, fashion, cifar10, or stacked digits (0 to 999): int64 [N]."""
+    if source in common.DRAWN:
+        draw = common.DRAWN[source][0]
+        seeds = (f"{common.DRAWN_SEED}-{index}" for index in range(common.DRAWN_COUNT))
+        return torch.tensor([draw(random.Random(seed), 8)[1] for seed in seeds])
+    if source in common.STACKED:
+        digits = load_labels(common.STACKED[source], root)
+        return digits[common._stacked(len(digits))] @ torch.tensor([100, 10, 1])
+    return torch.as_tensor(common._torchvision(source, root).targets)
+
+
 class Classifier(nn.Module):
     """Images [N, C, size, size] to features [N, 64] and logits [N, classes]."""
 
@@ -125,7 +137,7 @@ class Judge:
             images, classes = drawings(data, 2, count, size)
             real, held_out, held_classes = images[count // 3:], images[:count // 3], classes[:count // 3]
         else:
-            images, classes = common.load_images(data, size, root=root), common.load_labels(data, root=root)
+            images, classes = common.load_images(data, size, root=root), load_labels(data, root)
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))[:5000]
             images, classes = common.normalise(images[order]), classes[order]
             seen, labels, held_out, held_classes = images[500:], classes[500:], images[:500], classes[:500]
