@@ -35,10 +35,12 @@ def test_links_and_names_exist(page):
     for label, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text(page)):
         if re.match(r"https://[\w.-]+/", target):
             continue
-        path = (ROOT / page).parent / target
+        name, _, line = target.partition("#L")
+        path = (ROOT / page).parent / name
         assert path.is_file(), target
-        if path.suffix == ".py" and re.fullmatch(r"`\w+`", label):  # a name, not a file's
-            assert hasattr(importlib.import_module(path.stem), label.strip("`")), f"{label} in {target}"
+        if path.suffix == ".py" and re.fullmatch(r"`\w+`", label):  # a function's or a class's name
+            shown = path.read_text().splitlines()[int(line) - 1]
+            assert re.match(rf"\s*(def|class) {label.strip('`')}\b", shown), f"{label} is not at {target}"
     for name in re.findall(r"`((?:tests/)?\w+\.py)\b", text(page)):
         assert (ROOT / name).is_file(), name
 
