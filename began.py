@@ -17,7 +17,7 @@ generator G learns to make images that D reconstructs well. A number k_t in [0, 
         --steps 200000                                             # the paper's settings, 16 images per GPU
 
 Measured: L(G(z)) / L(x) stays within 0.02 of gamma at 0.3, 0.5 and 0.7. The default run took 10.5 minutes on two
-threads of an AMD EPYC: precision 0.82, recall 0.10 (tests/judge.py), clean faces with little of the variety.
+threads of an AMD EPYC: precision 0.81, recall 0.08 (tests/judge.py), clean faces with little of the variety.
 """
 
 import argparse

@@ -21,7 +21,7 @@ The critic C gives real images x high scores and generated ones G(z) low ones. A
         --drift 0 --ema 0 --width 64 --latent 128 --batch-size 64 --steps 200000   # the paper's settings
 
 Measured: fish at 32x32 after 8.2 minutes on two threads of an AMD EPYC, Frechet distance 3.5 times that of held-out
-fish, precision 0.59, recall 0.70; grown to 64x64 in 32 minutes on one thread, 3.2, 0.57 and 0.76 (tests/judge.py).
+fish, precision 0.60, recall 0.67; grown to 64x64 in 32 minutes on one thread, 3.2, 0.57 and 0.76 (tests/judge.py).
 """
 
 import argparse
