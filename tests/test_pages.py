@@ -35,6 +35,9 @@ def test_links_and_names_exist(page):
     for label, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text(page)):
         if re.match(r"https://[\w.-]+/", target):
             continue
+        if target.startswith("#"):  # a section of the same page
+            assert f"\n## {target[1:].replace('-', ' ')}\n" in text(page).lower(), target
+            continue
         name, _, line = target.partition("#L")
         path = (ROOT / page).parent / name
         assert path.is_file(), target
