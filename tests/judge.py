@@ -11,8 +11,8 @@ least_class   fraction of the samples in the class that the classifier finds lea
 kl            KL divergence of the samples' class frequencies from the real ones, in nats
 modes         of stacked digits: how many of the 1,000 numbers are found; their kl is from even shares
 
-Distances are between the classifier's features, whitened so that small details count as much as the label does. The
-classifier is trained on images that no run is trained on; of MNIST it sees nine tenths, and the rest is held out.
+Distances are between the classifier's features, whitened (but for --raw) so that small details count as much as the
+label does. The classifier is trained on images that no run sees; of MNIST it has nine tenths, and the rest is held out.
 A point lies among others if it is closer to one of them than that one's third nearest neighbour (Kynkäänniemi et al.,
 2019, arXiv:1904.06991). Precision and recall of held-out real images are about 0.8.
 """
@@ -115,7 +115,8 @@ def drawings(data: str, seed: int, count: int, size: int) -> tuple[Tensor, Tenso
 class Judge:
     """Scores images of a labelled dataset. It is trained in a minute or two, then kept in the folder ``root``/cache."""
 
-    def __init__(self, data: str, root: str = "data", size: int = 32, count: int = 6000, steps: int = 1500):
+    def __init__(self, data: str, root: str = "data", size: int = 32, count: int = 6000, steps: int = 1500,
+                 raw: bool = False):
         path = Path(root, f"cache/judge{VERSION}-{data}-{size}-{count}-{steps}.pt")
         with torch.random.fork_rng(devices=[]):
             if not path.exists():
@@ -126,7 +127,7 @@ class Judge:
             self.classifier = Classifier(*content["shape"]).eval()
         self.classifier.load_state_dict(content["classifier"])
         self.accuracy, self.frequencies = content["accuracy"], content["frequencies"]
-        self.whiten = whitening(content["real"])
+        self.whiten = torch.eye(64) if raw else whitening(content["real"])
         self.real, self.held_out = content["real"] @ self.whiten, content["held_out"] @ self.whiten
         self.unit = frechet(self.held_out, self.real)
 
@@ -201,12 +202,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data", choices=[*common.DRAWN, "mnist", *common.STACKED])
     parser.add_argument("images", type=Path, help="a checkpoint, or a folder of PNGs")
     parser.add_argument("--data-root", default="data", help="folder for MNIST and for the cache of judges")
+    parser.add_argument("--raw", action="store_true", help="features as they are, not whitened: the label counts most")
     args = parser.parse_args(argv)
     stacked, data = args.data in common.STACKED, common.STACKED.get(args.data, args.data)
     channels = 3 if stacked else 1 if data == "mnist" else common.DRAWN[data][1]
     count = 25_600 if stacked else 2_000
     images = read_folder(args.images, channels) if args.images.is_dir() else sampled(args.images, count)
-    judge = Judge(data, args.data_root, images.shape[-1])
+    judge = Judge(data, args.data_root, images.shape[-1], raw=args.raw)
     scores = modes(judge, images) if stacked else judge.score(images)
     print("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
 

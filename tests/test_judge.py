@@ -11,8 +11,13 @@ from conftest import TINY, module
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> judge.Judge:
-    return judge.Judge("digits", str(tmp_path_factory.mktemp("judge")), count=1500, steps=150)
+def root(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("judge"))
+
+
+@pytest.fixture(scope="module")
+def digits(root) -> judge.Judge:
+    return judge.Judge("digits", root, count=1500, steps=150)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +53,14 @@ def test_half_of_the_classes(digits, unseen):
 def test_blur_is_seen(digits, unseen):
     blurred = torch.nn.functional.avg_pool2d(unseen[0], 3, 1, 1)
     assert digits.score(blurred)["frechet"] > 2
+
+
+def test_raw_features_are_not_whitened(digits, unseen, root):
+    raw = judge.Judge("digits", root, count=1500, steps=150, raw=True)
+    blurred = unseen[0].lerp(unseen[0].roll(1, 3), 0.2)  # a detail
+    assert torch.allclose(digits.real.T.cov(), torch.eye(digits.real.shape[1]), atol=1e-3)
+    assert torch.equal(raw.look(unseen[0])[0] @ raw.whiten, raw.look(unseen[0])[0]) and raw.unit != digits.unit
+    assert raw.score(blurred)["frechet"] < digits.score(blurred)["frechet"]
 
 
 def test_a_second_judge_comes_from_the_cache_and_scores_alike(digits, unseen, tmp_path, monkeypatch):
@@ -99,7 +112,7 @@ def test_the_command_scores_a_checkpoint_as_a_folder_of_its_samples(script, data
     samples, quick = judge.sampled(tmp_path / "run/checkpoint.pt", 300), judge.Judge
     common.save_pngs(samples, tmp_path / "pictures")
     monkeypatch.setattr(judge, "sampled", lambda *_: samples)
-    monkeypatch.setattr(judge, "Judge", lambda *args: quick(*args, count=300, steps=3))
+    monkeypatch.setattr(judge, "Judge", lambda *args, **more: quick(*args, count=300, steps=3, **more))
     capsys.readouterr()
     for source in "run/checkpoint.pt", "pictures":
         judge.main(["fish", str(tmp_path / source), "--data-root", str(tmp_path)])
