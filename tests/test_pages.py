@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(".github/results/*.md")))]
-OTHER_FLAGS = {"--nproc_per_node"}  # torchrun's
+OTHER_FLAGS = {"--nproc_per_node", "--raw"}  # those of torchrun and of tests/judge.py
 BLOCK = re.compile(r"^```.*?\n(.*?)^```", re.M | re.S)
 WRONG = re.compile(  # English that a native speaker would not write, and American spelling
     r"holds one paper|default (pictures|data ?sets?) are drawn|turned upright|to the bit\b|train nothing|plumbing|"
