@@ -134,6 +134,7 @@ def ebgan_margins(jobs: int) -> str:
     """The margins of the MNIST experiment behind the script, with and without the pull-away term; other deviations."""
     variants = [f"--margin {margin} --pt-weight {weight}" for margin in (2, 8, 16) for weight in (0, 0.1)]
     variants += [f"{variants[3]} {more}" for more in ("--ema 0", "--layers paper")]
+    shown = dict(zip(variants[1::2], ("margin-2", "margin-8", "margin-16", "layers-paper")))
     cells = [dict(flags=flags, seed=seed) for seed in (0, 1, 2) for flags in variants]
     mnist = judge.Judge("mnist", MNIST)
     watched = ("energy_real", "energy_fake", "loss_d", "diversity")
@@ -142,9 +143,8 @@ def ebgan_margins(jobs: int) -> str:
         table, folder = train("ebgan", "--data", "mnist", "--data-root", MNIST, "--steps", "1000", "--batch-size", "32",
                               *cell["flags"].split(), "--seed", str(cell["seed"]), "--device", "cpu")
         pictures = judge.sampled(folder / "checkpoint.pt")
-        if cell["seed"] == 0:
-            number = variants.index(cell["flags"])
-            common.save_grid(pictures[:16], IMAGES / f"ebgan-margin-{number}.png", columns=16)
+        if cell["seed"] == 0 and cell["flags"] in shown:
+            common.save_grid(pictures[:16], IMAGES / f"ebgan-{shown[cell['flags']]}.png", columns=16)
         shutil.rmtree(folder.parent)
         return {name: fifth(table, name) for name in watched} | mnist.score(pictures)
 
