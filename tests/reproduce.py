@@ -92,6 +92,7 @@ def began_gammas(jobs: int) -> str:
 
     def measure(cell: dict) -> dict:
         flags = ["--gamma", str(cell["gamma"]), "--seed", str(cell["seed"])]
+        flags += ["--lr-patience", "150", "--precision", "fp32", "--ema", "0"]  # the paper's rule for the rate, plain G
         table, folder = train("began", "--steps", "2000", *flags, "--device", "cpu")
         summary = {name: fifth(table, name) for name in ("ratio", "k", "m", "swd", "diversity")}
         summary |= {"m_third_fifth": fifth(table, "m", 3), "m_fourth_fifth": fifth(table, "m", 4)}
