@@ -504,7 +504,8 @@ def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
         with file_lock(Path(root, "cache", ".lock"), wait=True):
             return data(root, download=True)
     except Exception as error:  # no network, a quota, a broken archive, a missing package...
-        raise OSError(f"{source} failed ({_reason(error)}); give a folder of pictures: --data FOLDER") from error
+        hint = "--data-root names the folder that holds it; for other pictures, --data FOLDER"
+        raise OSError(f"{source} failed ({_reason(error)}); {hint}") from error
 
 
 def _read_folder(folder: str, image_size: int, channels: int | None, root: str) -> Tensor:

@@ -772,7 +772,7 @@ def test_failed_download(tmp_path: Path, monkeypatch, source: str, name: str) ->
             raise RuntimeError("not there")
         raise RuntimeError("quota\nof 'the day' is used up" + "!" * 999)
     fake(monkeypatch, name, fail)
-    with pytest.raises(OSError, match=f"^{source} failed.*'the day' is used up.*--data FOLDER") as error:
+    with pytest.raises(OSError, match=f"^{source} failed.*'the day' is used up.*--data-root .*--data FOLDER") as error:
         load_images(source, 32, None, str(tmp_path))
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
