@@ -20,7 +20,7 @@ and its gradient runs through these steps. D itself then takes one ordinary step
     python unrolled_gan.py --activation relu --lr 1e-4 --betas 0.5 0.999 --d-layers 1 --input-scale 4 \\
         --g-loss saddle --steps 25000                              # the paper's settings
     python unrolled_gan.py --data stacked-mnist --batch-size 128 --activation relu --d-activation leaky --gain 1.4 \\
-        --width 64 --d-width 4 --lr 1e-4 2e-4               # those of its 1,000 modes, D half of G
+        --width 64 --d-width 4 --lr 1e-4 2e-4                      # those of its 1,000 modes, D half of G
     python unrolled_gan.py --d-activation tanh --gain 1.4 --lr 1e-3 1e-4 --unroll-steps 5 --g-loss saddle --steps 25000
                                                                    # those of the authors' notebook, on our ring
     python unrolled_gan.py --activation relu --gain 0 --lr 1e-3 1e-4 --fresh   # those of andrewliao11/unrolled-gans
