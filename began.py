@@ -16,8 +16,8 @@ generator G learns to make images that D reconstructs well. A number k_t in [0, 
         --betas 0.9 0.999 --gamma 0.5 --lambda-k 0.001 --lr-patience 2000 --eta 1 --residual-steps 16000 \\
         --steps 200000                                             # the paper's settings, 16 images per GPU
 
-Measured: late in a run the mean of L(G(z)) / L(x) is within 0.02 of gamma (0.3, 0.5, 0.7). The default run took 10.5 minutes on two
-threads of an AMD EPYC: precision 0.81, recall 0.08 (tests/judge.py), clean faces with little of the variety.
+Measured: late in a run the mean of L(G(z)) / L(x) is within 0.02 of gamma (0.3, 0.5, 0.7). The default run took 10.5
+minutes on two threads of an AMD EPYC: precision 0.81, recall 0.08 (tests/judge.py), clean faces of few kinds.
 """
 
 import argparse
