@@ -8,6 +8,7 @@
     python tests/reproduce.py wgan_gp                  # 21 runs of 1,500 steps
     python tests/reproduce.py precision                # BEGAN and EBGAN in fp32 and bf16: 12 runs of 1,500 steps
     OMP_NUM_THREADS=2 python tests/reproduce.py defaults --jobs 1       # 12 default runs, scored by tests/judge.py
+    python tests/reproduce.py former                   # 12 runs by the defaults of old
 
 MNIST is looked for in the folder that GAN_TEST_DATA names, or else downloaded to data.
 
@@ -41,11 +42,21 @@ MNIST = os.environ.get("GAN_TEST_DATA", "data")
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
 
-def train(script: str, *flags: str) -> tuple[list[dict[str, str]], Path]:
-    """Runs a script to its end on THREADS threads; returns the rows of metrics.csv and the run's folder."""
-    folder = Path(tempfile.mkdtemp(prefix="reproduce-"), "run")
-    arguments = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--out", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": THREADS}
+def train(script: str, *flags: str, changes: dict[str, str] = {}) -> tuple[list[dict[str, str]], Path]:
+    """Runs a script to its end on THREADS threads; returns the rows of metrics.csv and the run's folder.
+
+    With ``changes`` it runs a copy, beside that folder, in which other text takes the place of some of its own.
+    """
+    folder, file = Path(tempfile.mkdtemp(prefix="reproduce-"), "run"), ROOT / f"{script}.py"
+    if changes:
+        text, file = file.read_text(), folder.parent / file.name
+        for old, new in changes.items():
+            if text.count(old) != 1:
+                raise ValueError(f"{script}.py has {text.count(old)} times: {old}")
+            text = text.replace(old, new)
+        file.write_text(text)
+    arguments = [sys.executable, str(file), *flags, "--out", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": THREADS, "PYTHONPATH": str(ROOT)}
     subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL, check=True)
     with open(folder / "metrics.csv") as file:
         return list(csv.DictReader(file)), folder
@@ -113,7 +124,7 @@ def began_variants(jobs: int) -> str:
     """BEGAN at 16x16 with one flag changed at a time: what is each worth, and what helps recall?"""
     variants = ["", "--gamma 0.5", "--gamma 1", "--eta 1", "--lr-patience 150", "--ema 0", "--no-skip",
                 "--residual-steps 1500", "--betas 0.5 0.999", "--lambda-k 0.02", "--lambda-k 1", "--latent 128",
-                "--batch-size 32", "--latent 32", "--latent 16", "--width 64"]
+                "--batch-size 32", "--latent 32", "--latent 16", "--width 64", "--lr 1e-4", "--lambda-k 0.001"]
     cells = [dict(flags=flags, seed=0) for flags in variants]
     faces = judge.Judge("faces", size=16)
 
@@ -134,7 +145,7 @@ def began_variants(jobs: int) -> str:
 def ebgan_margins(jobs: int) -> str:
     """The margins of the MNIST experiment behind the script, with and without the pull-away term; other deviations."""
     variants = [f"--margin {margin} --pt-weight {weight}" for margin in (2, 8, 16) for weight in (0, 0.1)]
-    variants += [f"{variants[3]} {more}" for more in ("--ema 0", "--layers paper")]
+    variants += [f"{variants[3]} {more}" for more in ("--ema 0", "--layers paper", "--lr 2e-4", "--betas 0.9 0.999")]
     shown = dict(zip(variants[1::2], ("margin-2", "margin-8", "margin-16", "layers-paper")))
     cells = [dict(flags=flags, seed=seed) for seed in (0, 1, 2) for flags in variants]
     mnist = judge.Judge("mnist", MNIST)
@@ -163,7 +174,10 @@ def wgan_gp_ablation(jobs: int) -> str:
     """The default settings, then without each of their items in turn, and with augmentation."""
     variants = {"default": [], "without EMA": ["--ema", "0"], "without minibatch stddev": ["--no-stddev"],
                 "without pixel norm": ["--no-pixel-norm"], "with dropout 0.2": ["--dropout", "0.2"],
-                "without drift": ["--drift", "0"], "with augmentation": ["--augment"]}
+                "without drift": ["--drift", "0"], "with augmentation": ["--augment"],
+                "second beta 0.9": ["--betas", "0", "0.9"], "rate 1e-4": ["--lr", "1e-4"],
+                "one critic update": ["--n-critic", "1"], "five critic updates": ["--n-critic", "5"],
+                "networks in bf16": ["--precision", "bf16"]}
     fish = judge.Judge("fish")
 
     def measure(cell: dict) -> dict:
@@ -185,7 +199,99 @@ def wgan_gp_ablation(jobs: int) -> str:
     return text
 
 
-def defaults(jobs: int) -> str:
+RUNS = dict(  # the runs that the changes below are made to
+    began="--image-size 16 --steps 2500 --sample-every 2500",
+    ebgan=f"--data mnist --data-root {MNIST} --steps 1000 --batch-size 32 --margin 8 --pt-weight 0.1",
+    wgan_gp="--steps 1500 --sample-every 1500",
+    unrolled_gan="--data grid --unroll-steps 5 --steps 3000 --sample-every 3000",
+)
+PYTORCH_WEIGHTS = {"in built.parameters():": "in ():"}
+CHANGES = [  # of deviations that no flag turns off: script, name, more flags, and what takes the place of which text
+    ("began", "images end in tanh(x)", "", {"2 * (self.last(x) / 2).tanh()": "self.last(x).tanh()"}),
+    ("began", "images without a bound", "", {"2 * (self.last(x) / 2).tanh()": "self.last(x)"}),
+    ("began", "PyTorch's initial weights", "", PYTORCH_WEIGHTS),
+    ("began", "a z of its own for L_D", "", {
+        "        L_G.backward()\n": """
+        L_G.backward(inputs=list(generator.parameters()))
+        other = generator(uniform(args.batch_size, args.latent, device)).detach()
+        L_D = real_loss - k * reconstruction_loss(other, discriminator(other), args.eta)
+        L_D.backward(inputs=list(discriminator.parameters()))
+""",
+        "        torch._foreach_mul_([parameter.grad for parameter in discriminator.parameters()], -k)\n": "",
+        "        real_loss.backward()\n": ""}),
+    ("ebgan", "energy: the mean square", "--margin 0.0625", {".norm(dim=1)": ".square().mean(dim=1)"}),
+    ("ebgan", "the paper's initial weights", "", {"    return built.to(": """
+    for parameter in built.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02 if network is Generator else 0.002)
+    return built.to("""}),
+    ("ebgan", "images of its own for L_D", "", {"                x = batches(turn)\n": """
+                x = batches(turn)
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                    fake = generator(uniform(args.batch_size, args.latent, device)).detach().to(z.dtype)
+                    reconstructions, _ = discriminator(fake)
+                fake_energy = energy(fake, reconstructions)
+"""}),
+    ("wgan_gp", "PyTorch's initial weights", "", PYTORCH_WEIGHTS),
+    ("wgan_gp", "4x4 transposed convolutions in G", "", {
+        "super().__init__(inputs, outputs, 3, padding=1)": "super().__init__(inputs, outputs, 4, padding=1)",
+        'torch.einsum("oihw,hwyx->ioyx", self.weight, self.taps)': "self.weight.transpose(0, 1)"}),
+    ("wgan_gp", "bf16, the penalty too", "--precision bf16", {
+        "            penalty = gradient_penalty(": "            with autocast: penalty = gradient_penalty("}),
+    ("unrolled_gan", "D of one layer, on x / 4", "--d-layers 1 --input-scale 4", {}),
+    ("unrolled_gan", "both rates 1e-4", "--lr 1e-4", {}),
+    ("unrolled_gan", "both rates 1e-3", "--lr 1e-3", {}),
+    ("unrolled_gan", "D's rate 1e-4", "--lr 1e-3 1e-4", {}),
+    ("unrolled_gan", "G's loss f_K", "--g-loss saddle", {}),
+    ("unrolled_gan", "a new batch in every unrolled step", "--fresh", {}),
+    ("unrolled_gan", "PyTorch's initial weights", "--gain 0", {}),
+    ("unrolled_gan", "D first, then G", "", {
+        "        fake = generator(z)\n": """
+        fake = generator(z)
+        adam_d.zero_grad()
+        discriminator_loss(*discriminator(torch.cat([x, fake.detach()])).chunk(2)).backward()
+        adam_d.step()
+""",
+        "        adam_d.step()\n        adam_g.step()\n": "        adam_g.step()\n"}),
+]
+
+
+def deviations(jobs: int) -> str:
+    """What is each deviation from the papers worth that the tables of flags do not hold?"""
+    cells = [dict(script=script, change=name, seed=seed) for seed in (0, 1, 2) for script, name, _, _ in CHANGES
+             if seed == 0 or script != "began"]  # as in their tables
+    judges = dict(began=judge.Judge("faces", size=16), ebgan=judge.Judge("mnist", MNIST), wgan_gp=judge.Judge("fish"))
+
+    def measure(cell: dict) -> dict:
+        script, name, seed = cell.values()
+        (more, changes), = [(flags, changes) for *key, flags, changes in CHANGES if key == [script, name]]
+        flags = f"{RUNS[script]} {more} --seed {seed} --device cpu"
+        table, folder = train(script, *flags.split(), changes=changes)
+        if script == "unrolled_gan":
+            scores = {name: float(table[-1][name]) for name in ("covered", "reached", "modes", "quality", "kl")}
+        else:  # by the changed script itself
+            command = [sys.executable, folder.parent / f"{script}.py", "--checkpoint", folder / "checkpoint.pt"]
+            environment = os.environ | {"OMP_NUM_THREADS": THREADS, "PYTHONPATH": str(ROOT)}
+            subprocess.run([*command, "--sample", "2000", "--out", folder / "samples", "--device", "cpu"],
+                           env=environment, stdout=subprocess.DEVNULL, check=True)
+            scores = judges[script].score(judge.read_folder(folder / "samples", 1 if script == "ebgan" else 3))
+        shutil.rmtree(folder.parent)
+        return scores | {"seconds": float(table[-1]["seconds"])}
+
+    lines = run_cells("deviations", cells, measure, jobs)
+    text = ""
+    for script in RUNS:
+        places = dict(covered=1, reached=1, modes=1, quality=2, kl=3) if script == "unrolled_gan" else dict(
+            frechet=2, precision=2, recall=2)
+        text += f"\n| {script} | runs | {' | '.join(places)} |\n|" + "---|" * (2 + len(places)) + "\n"
+        for name in [name for which, name, _, _ in CHANGES if which == script]:
+            group = [line for line in lines if (line["script"], line["change"]) == (script, name)]
+            scores = " | ".join(spread([line[column] for line in group], digits) for column, digits in places.items())
+            text += f"| {name} | {len(group)} | {scores} |\n" if group else ""
+    return text
+
+
+def defaults(jobs: int, name: str = "defaults", flags: dict[str, str] = {}) -> str:
     """Default runs, scored by tests/judge.py: how far are samples from the data, as a multiple of held-out data?"""
     runs = [("began", "faces"), ("ebgan", "mnist"), ("wgan_gp", "fish"), ("wgan_gp", "mnist")]
     cells = [dict(script=script, data=data, seed=seed) for seed in (0, 1, 2) for script, data in runs]
@@ -194,15 +300,16 @@ def defaults(jobs: int) -> str:
 
     def measure(cell: dict) -> dict:
         script, data, seed = cell.values()
-        table, folder = train(script, "--data", data, "--data-root", roots[data], "--seed", str(seed))
+        table, folder = train(script, "--data", data, "--data-root", roots[data], "--seed", str(seed),
+                              *flags.get(script, "").split())
         pictures = judge.sampled(folder / "checkpoint.pt")
-        if seed == 0:
+        if seed == 0 and name == "defaults":
             common.save_grid(pictures[:64], IMAGES / f"{script}-{data}.png", columns=16)
             shutil.copytree(folder, Path("runs", f"{script}-{data}"), dirs_exist_ok=True)
         shutil.rmtree(folder.parent)
         return judges[data].score(pictures) | {"seconds": float(table[-1]["seconds"])}
 
-    lines = run_cells("defaults", cells, measure, jobs)
+    lines = run_cells(name, cells, measure, jobs)
     columns = dict(frechet=2, precision=2, recall=2, least_class=3, kl=3)
     text = f"| script | data | runs | minutes | {' | '.join(columns)} |\n|" + "---|" * 9 + "\n"
     for script, data in runs:
@@ -211,6 +318,13 @@ def defaults(jobs: int) -> str:
         minutes = spread([line["seconds"] / 60 for line in group], 1)
         text += f"| {script} | {data} | {len(group)} | {minutes} | {scores} |\n"
     return text
+
+
+def former(jobs: int) -> str:
+    """The same runs by the defaults of old, in today's flags."""
+    return defaults(jobs, "former", dict(began="--steps 3000 --gamma 0.5 --lr-patience 150 --ema 0",
+                                         ebgan="--steps 3000 --ema 0",
+                                         wgan_gp="--steps 4000 --augment --n-critic 4 --dropout 0.2"))
 
 
 def precision(jobs: int) -> str:
@@ -307,7 +421,8 @@ def stacked(jobs: int) -> str:
 
 
 TABLES = {"began": began_gammas, "variants": began_variants, "ebgan": ebgan_margins, "unrolled": unrolled,
-          "stacked": stacked, "wgan_gp": wgan_gp_ablation, "precision": precision, "defaults": defaults}
+          "stacked": stacked, "wgan_gp": wgan_gp_ablation, "precision": precision, "defaults": defaults, "former": former,
+          "deviations": deviations}
 
 
 def main() -> None:

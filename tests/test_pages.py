@@ -62,6 +62,17 @@ def test_commands_parse(page, monkeypatch, tmp_path):
             assert f'"{arguments[0]}": ' in text("tests/reproduce.py"), arguments
 
 
+def test_measured_changes_are_of_todays_code():
+    from reproduce import CHANGES, RUNS
+    for script, name, flags, changes in CHANGES:
+        importlib.import_module(script).parser().parse_args([*RUNS[script].split(), *flags.split()])
+        changed = text(f"{script}.py")
+        for old, new in changes.items():
+            assert changed.count(old) == 1, f"{script}, {name}: {old}"
+            changed = changed.replace(old, new)
+        compile(changed, name, "exec")
+
+
 def test_commands_are_found():
     assert len(commands("README.md")) >= 8 and ("began", ["--gamma", "0.5"]) in commands("README.md")
 
