@@ -1,14 +1,15 @@
 """Measures the tables of the results pages, cell by cell; a second call goes on where the first one stopped.
 
     python tests/reproduce.py began                    # 6 runs of 2,000 steps, two at a time on one thread each
-    python tests/reproduce.py variants                 # BEGAN at 16x16, a flag at a time: 16 runs of 2,500 steps
-    python tests/reproduce.py ebgan                    # 24 runs of 1,000 steps, on MNIST
+    python tests/reproduce.py variants                 # BEGAN at 16x16, a flag at a time: 18 runs of 2,500 steps
+    python tests/reproduce.py ebgan                    # 30 runs of 1,000 steps, on MNIST
     python tests/reproduce.py unrolled                 # 60 runs of 3,000 steps
     python tests/reproduce.py stacked                  # 1,000 modes: 16 runs of 2,500 steps, one of each other script
-    python tests/reproduce.py wgan_gp                  # 21 runs of 1,500 steps
+    python tests/reproduce.py wgan_gp                  # 36 runs of 1,500 steps
     python tests/reproduce.py precision                # BEGAN and EBGAN in fp32 and bf16: 12 runs of 1,500 steps
     OMP_NUM_THREADS=2 python tests/reproduce.py defaults --jobs 1       # 12 default runs, scored by tests/judge.py
     python tests/reproduce.py former                   # 12 runs by the defaults of old
+    python tests/reproduce.py deviations               # 46 runs: what the deviations are worth that no flag turns off
 
 MNIST is looked for in the folder that GAN_TEST_DATA names, or else downloaded to data.
 
@@ -272,9 +273,9 @@ def deviations(jobs: int) -> str:
         else:  # by the changed script itself
             command = [sys.executable, folder.parent / f"{script}.py", "--checkpoint", folder / "checkpoint.pt"]
             environment = os.environ | {"OMP_NUM_THREADS": THREADS, "PYTHONPATH": str(ROOT)}
-            subprocess.run([*command, "--sample", "2000", "--out", folder / "samples", "--device", "cpu"],
-                           env=environment, stdout=subprocess.DEVNULL, check=True)
-            scores = judges[script].score(judge.read_folder(folder / "samples", 1 if script == "ebgan" else 3))
+            subprocess.run([*command, "--sample", "2000", "--device", "cpu"], env=environment,
+                           stdout=subprocess.DEVNULL, check=True)
+            scores = judges[script].score(judge.read_folder(folder / "sample-001", 1 if script == "ebgan" else 3))
         shutil.rmtree(folder.parent)
         return scores | {"seconds": float(table[-1]["seconds"])}
 
