@@ -9,7 +9,7 @@
     python tests/reproduce.py precision                # BEGAN and EBGAN in fp32 and bf16: 12 runs of 1,500 steps
     OMP_NUM_THREADS=2 python tests/reproduce.py defaults --jobs 1       # 12 default runs, scored by tests/judge.py
     python tests/reproduce.py former                   # 12 runs by the defaults of old
-    python tests/reproduce.py deviations               # 46 runs: what the deviations are worth that no flag turns off
+    python tests/reproduce.py deviations               # 46 runs: other deviations from the papers, one at a time
 
 MNIST is looked for in the folder that GAN_TEST_DATA names, or else downloaded to data.
 
@@ -207,7 +207,7 @@ RUNS = dict(  # the runs that the changes below are made to
     unrolled_gan="--data grid --unroll-steps 5 --steps 3000 --sample-every 3000",
 )
 PYTORCH_WEIGHTS = {"in built.parameters():": "in ():"}
-CHANGES = [  # of deviations that no flag turns off: script, name, more flags, and what takes the place of which text
+CHANGES = [  # deviations undone: script, name, more flags and, where no flag does it, what replaces which text
     ("began", "images end in tanh(x)", "", {"2 * (self.last(x) / 2).tanh()": "self.last(x).tanh()"}),
     ("began", "images without a bound", "", {"2 * (self.last(x) / 2).tanh()": "self.last(x)"}),
     ("began", "PyTorch's initial weights", "", PYTORCH_WEIGHTS),
@@ -258,7 +258,7 @@ CHANGES = [  # of deviations that no flag turns off: script, name, more flags, a
 
 
 def deviations(jobs: int) -> str:
-    """What is each deviation from the papers worth that the tables of flags do not hold?"""
+    """What is each deviation from the papers worth that the other tables do not hold?"""
     cells = [dict(script=script, change=name, seed=seed) for seed in (0, 1, 2) for script, name, _, _ in CHANGES
              if seed == 0 or script != "began"]  # as in their tables
     judges = dict(began=judge.Judge("faces", size=16), ebgan=judge.Judge("mnist", MNIST), wgan_gp=judge.Judge("fish"))
@@ -422,8 +422,8 @@ def stacked(jobs: int) -> str:
 
 
 TABLES = {"began": began_gammas, "variants": began_variants, "ebgan": ebgan_margins, "unrolled": unrolled,
-          "stacked": stacked, "wgan_gp": wgan_gp_ablation, "precision": precision, "defaults": defaults, "former": former,
-          "deviations": deviations}
+          "stacked": stacked, "wgan_gp": wgan_gp_ablation, "deviations": deviations, "precision": precision,
+          "defaults": defaults, "former": former}
 
 
 def main() -> None:
