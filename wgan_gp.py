@@ -275,7 +275,7 @@ def train(args: argparse.Namespace) -> Path:
             with autocast:
                 real_scores, fake_scores = critic(real).to(real), critic(fake).to(fake)
             epsilon = torch.rand(args.batch_size, device=device).chunk(WORLD)[RANK]
-            penalty = gradient_penalty(critic, real, fake, epsilon)  # outside autocast: bf16 is too coarse for it
+            penalty = gradient_penalty(critic, real, fake, epsilon)  # outside autocast: in fp32, to be safe
             L_C = critic_loss(real_scores, fake_scores, penalty, args.gp_weight, args.drift)
             L_C.backward(inputs=c_parameters)
             average(parameter.grad for parameter in c_parameters)
