@@ -4,6 +4,7 @@ import csv
 import importlib
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+for number, handler in (signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler):
+    signal.signal(number, handler)  # the runs that tests signal would inherit what nohup or a shell's & has set
 
 IMAGE = "--image-size 16 --batch-size 4 --precision fp32".split()
 COMMON = "--steps 6 --log-every 2 --sample-every 3 --save-every 2 --device cpu".split()
