@@ -43,8 +43,14 @@ MNIST = os.environ.get("GAN_TEST_DATA", "data")
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
 
+def run(file: Path, *flags: str) -> None:
+    """Runs a script, or a changed copy of one, on THREADS threads."""
+    environment = os.environ | {"OMP_NUM_THREADS": THREADS, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, str(file), *flags], env=environment, stdout=subprocess.DEVNULL, check=True)
+
+
 def train(script: str, *flags: str, changes: dict[str, str] = {}) -> tuple[list[dict[str, str]], Path]:
-    """Runs a script to its end on THREADS threads; returns the rows of metrics.csv and the run's folder.
+    """Trains by a script to its end; returns the rows of metrics.csv and the run's folder.
 
     With ``changes`` it runs a copy, beside that folder, in which other text takes the place of some of its own.
     """
@@ -56,9 +62,7 @@ def train(script: str, *flags: str, changes: dict[str, str] = {}) -> tuple[list[
                 raise ValueError(f"{script}.py has {text.count(old)} times: {old}")
             text = text.replace(old, new)
         file.write_text(text)
-    arguments = [sys.executable, str(file), *flags, "--out", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": THREADS, "PYTHONPATH": str(ROOT)}
-    subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL, check=True)
+    run(file, *flags, "--out", str(folder))
     with open(folder / "metrics.csv") as file:
         return list(csv.DictReader(file)), folder
 
@@ -271,10 +275,8 @@ def deviations(jobs: int) -> str:
         if script == "unrolled_gan":
             scores = {name: float(table[-1][name]) for name in ("covered", "reached", "modes", "quality", "kl")}
         else:  # by the changed script itself
-            command = [sys.executable, folder.parent / f"{script}.py", "--checkpoint", folder / "checkpoint.pt"]
-            environment = os.environ | {"OMP_NUM_THREADS": THREADS, "PYTHONPATH": str(ROOT)}
-            subprocess.run([*command, "--sample", "2000", "--device", "cpu"], env=environment,
-                           stdout=subprocess.DEVNULL, check=True)
+            file = folder.parent / f"{script}.py"
+            run(file, "--checkpoint", str(folder / "checkpoint.pt"), "--sample", "2000", "--device", "cpu")
             scores = judges[script].score(judge.read_folder(folder / "sample-001", 1 if script == "ebgan" else 3))
         shutil.rmtree(folder.parent)
         return scores | {"seconds": float(table[-1]["seconds"])}
