@@ -1,34 +1,38 @@
 """BEGAN: Boundary Equilibrium Generative Adversarial Networks (Berthelot, Schumm and Metz, 2017, arXiv:1703.10717).
 
-The discriminator D is an auto-encoder. It learns to reconstruct real images x and not the generated ones G(z); the
+The discriminator D is an autoencoder. It learns to reconstruct real images x and to fail on generated images G(z). The
 generator G learns to make images that D reconstructs well. A number k_t in [0, 1] keeps the two in balance:
 
-    L(v)    = mean |v - D(v)|^eta                                          reconstruction loss of images v
-    L_D     = L(x) - k_t L(G(z))           L_G = L(G(z))                   losses of D and of G
+    L(v)    = mean |v - D(v)|^eta                                          how badly D reconstructs images v
+    L_D     = L(x) - k_t L(G(z))           L_G = L(G(z))                   the losses of D and of G
     k_{t+1} = clip(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1)            holds L(G(z)) / L(x) at gamma
-    M       = L(x) + |gamma L(x) - L(G(z))|                                convergence measure, controls the rate
+    M       = L(x) + |gamma L(x) - L(G(z))|                                falls as training converges
 
-    python began.py --gamma 0.5                                    # procedural faces, 32x32
+    python began.py --gamma 0.5                                    # drawn faces, 32x32
     python began.py --data photos --image-size 64                  # a folder of your own pictures
     python began.py --resume                                       # continue the newest run
-    python began.py --sample 1000; python began.py --interpolate 8 # use the trained generator
+    python began.py --init-from runs/began-001 --data photos       # start a new run from the weights of another
+    python began.py --sample 1000; python began.py --interpolate 8 # use the generator of the newest run
+    python began.py --embed photos                                 # find the z of real pictures, and walk between them
     torchrun --nproc_per_node 8 began.py --data celeba --image-size 128 --width 128 --batch-size 128 --lr 1e-4 \\
-        --betas 0.9 0.999 --gamma 0.5 --lambda-k 0.001 --lr-patience 2000 --eta 1 --residual-steps 16000 \\
+        --betas 0.9 0.999 --gamma 0.5 --lambda-k 0.001 --lr-patience 20 --eta 1 --residual-steps 16000 \\
         --steps 200000                                             # the paper's settings, 16 images per GPU
 
-Measured: late in a run the mean of L(G(z)) / L(x) is within 0.02 of gamma (0.3, 0.5, 0.7). The default run took 10.5
-minutes on two threads of an AMD EPYC: precision 0.81, recall 0.08 (tests/judge.py), clean faces of few kinds.
+Measured: the mean of L(G(z)) / L(x) late in a run is within 0.02 of gamma (0.3, 0.5 and 0.7). The default run took 10.5
+minutes on two threads of an AMD EPYC. Its faces are clean but of few kinds: precision 0.81, recall 0.08.
 """
 
 import argparse
-import contextlib
 import copy
 import datetime
 import itertools
 import math
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,13 +42,15 @@ from torch import Tensor, nn
 
 import common
 
-SCRIPT = "began"  # checkpoints carry this name, whatever the file is called
+SCRIPT = "began"  # the name that checkpoints carry, whatever this file is called
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts this many processes, its ranks
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # which of them this one is
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 
 class Conv(nn.Conv2d):
-    """3x3 convolution and ELU. ``carry`` mixes the input back in: carry x + (1 - carry) f(x), section 3.5."""
+    """3x3 convolution and ELU. ``carry`` mixes the input back in: carry x + (1 - carry) f(x) (section 3.5)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__(inputs, outputs, 3, stride, padding=1)
@@ -69,19 +75,18 @@ class UpConv(nn.Conv2d):
 
 
 class Generator(nn.Module):
-    """Latent [N, latent] to images [N, channels, size, size] in [-2, 2]; also D's decoder.
+    """Latent [N, latent] to images [N, channels, size, size] in [-2, 2]. D's decoder is the same network.
 
-    A linear layer to h0 [N, width, 8, 8], then two convolutions at every resolution. ``skip`` concatenates h0 at every
-    up-sampling (before it: the two commute). ``residual`` gives successive layers of one size a vanishing residual,
-    whose weight is the buffer ``carry``. Images end in 2 tanh(x / 2), which the paper leaves open: without a bound D
-    may drive the error of the fakes, which it wants large, to any height; and a tanh that reaches black and white only
-    at infinity leaves G grey on such data.
+    A linear layer makes h0 [N, width, 8, 8]; two convolutions follow at every resolution. ``skip`` concatenates h0 to
+    the input of every up-sampling. ``residual`` gives layers that keep the size a vanishing residual, weighted by the
+    buffer ``carry``. Images end in 2 tanh(x / 2), which the paper leaves open. Without a bound, D could drive the error
+    of generated images to any height. A plain tanh reaches black and white only at infinity.
     """
 
     def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = False, residual: bool = False):
         super().__init__()
-        self.skip = skip
-        self.register_buffer("carry", torch.ones(()) if residual else None)
+        self.skip, self.residual = skip, residual
+        self.register_buffer("carry", torch.ones(()))
         levels = int(math.log2(size // 8))
         self.first = nn.Linear(latent, width * 8 * 8)
         self.up = nn.ModuleList(UpConv(2 * width if skip else width, width) for _ in range(levels))
@@ -89,20 +94,23 @@ class Generator(nn.Module):
         self.last = nn.Conv2d(width, channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        carry = self.carry if self.residual else None
         h0 = self.first(z).unflatten(1, (-1, 8, 8)).contiguous(memory_format=torch.channels_last)
-        x = self.conv[1](self.conv[0](h0, self.carry), self.carry)
+        x = self.conv[1](self.conv[0](h0, carry), carry)
         for up, conv in zip(self.up, self.conv[2:]):
-            x = torch.cat([x, F.interpolate(h0, size=x.shape[2:])], dim=1) if self.skip else x
-            x = conv(up(x), self.carry)
+            if self.skip:
+                x = torch.cat([x, F.interpolate(h0, size=x.shape[2:])], dim=1)
+            x = conv(up(x), carry)
         return 2 * (self.last(x) / 2).tanh()
 
 
 class Discriminator(nn.Module):
-    """Auto-encoder: images [N, channels, size, size] to reconstructions. Channels grow n, 2n, 3n, ... downwards."""
+    """Autoencoder: images [N, channels, size, size] to their reconstructions. Its encoder is n, 2n, 3n, ... wide."""
 
     def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = False, residual: bool = False):
         super().__init__()
-        self.register_buffer("carry", torch.ones(()) if residual else None)
+        self.residual = residual
+        self.register_buffer("carry", torch.ones(()))
         widths = [width * (i + 1) for i in range(int(math.log2(size // 8)) + 1)]
         self.first = Conv(channels, width)
         self.conv = nn.ModuleList(nn.ModuleList([Conv(w, w), Conv(w, w)]) for w in widths)
@@ -111,9 +119,10 @@ class Discriminator(nn.Module):
         self.decoder = Generator(latent, width, size, channels, skip, residual)
 
     def forward(self, images: Tensor) -> Tensor:
+        carry = self.carry if self.residual else None
         x = self.first(images)
         for level, (one, two) in enumerate(self.conv):
-            x = two(one(x, self.carry), self.carry)
+            x = two(one(x, carry), carry)
             if level < len(self.down):
                 x = self.down[level](x)
         return self.decoder(self.code(x.flatten(1)))
@@ -123,47 +132,45 @@ class Discriminator(nn.Module):
 
 
 def reconstruction_loss(images: Tensor, reconstructions: Tensor, eta: float = 1.0) -> Tensor:
-    """L(v) = mean |v - D(v)|^eta (eq. 1), a scalar. ValueError unless both have one shape, as [N, C, H, W]."""
+    """L(v) = mean |v - D(v)|^eta (eq. 1): two tensors of one shape to a scalar. Raises ValueError if shapes differ."""
     if images.shape != reconstructions.shape:
         raise ValueError(f"shapes differ: {tuple(images.shape)} and {tuple(reconstructions.shape)}")
     return (images - reconstructions).abs().pow(eta).mean()
 
 
+@torch.no_grad()
 def balance(k: Tensor, real_loss: Tensor, fake_loss: Tensor, gamma: float, lambda_k: float) -> tuple[Tensor, Tensor]:
-    """k_{t+1} = clip(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1) and M = L(x) + |gamma L(x) - L(G(z))|, scalars."""
+    """k_{t+1} = clip(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1) and M = L(x) + |gamma L(x) - L(G(z))|, scalars.
+
+    The results carry no gradient, because k_t lives on from step to step.
+    """
     gap = gamma * real_loss - fake_loss
     return (k + lambda_k * gap).clamp(0, 1), real_loss + gap.abs()
 
 
-def halve_on_stall(m: Tensor, lr: Tensor, smooth: Tensor, best: Tensor, waited: Tensor, patience: int, floor: float):
-    """Halve ``lr`` when the running mean ``smooth`` of M has had no new minimum ``best`` for ``patience`` steps.
-
-    All are scalars on the device; lr, smooth, best and waited (start: 0, the largest float, 0) change in place. The
-    floor is there because long runs are known to collapse once the rate has decayed away.
-    """
-    smooth.copy_(torch.where(best == torch.finfo(best.dtype).max, m, torch.lerp(smooth, m, 0.01)))
-    waited.copy_(torch.where(smooth < best, 0, waited + 1))
-    best.copy_(torch.minimum(smooth, best))
-    lr.copy_(torch.where(waited < patience, lr, (lr / 2).clamp(min=floor)))
-    waited.copy_(torch.where(waited < patience, waited, 0))
-
-
 @torch.no_grad()
-def update_ema(ema: nn.Module, network: nn.Module, updates: Tensor, decay: float) -> None:
-    """Move the averaged network: ema <- d ema + (1 - d) network, buffers too, with d = min(decay, t / (t + 9)).
+def update_ema(average: nn.Module, network: nn.Module, weight: Tensor | float) -> None:
+    """Move an averaged network, buffers included, towards the network: average += weight (network - average).
 
-    t is the scalar ``updates``, counted from 0. So d warms up, and the average soon forgets the initial weights.
+    Raises ValueError if the average is in half precision, where small moves are rounded away, or of another depth.
     """
-    weight = (9 / (updates + 9)).clamp(min=1 - decay)
-    averages, values = (itertools.chain(n.parameters(), n.buffers()) for n in (ema, network))
-    for average, value in zip(averages, values):
-        average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
+    pairs = list(zip(average.parameters(), network.parameters(), strict=True))
+    pairs += zip(average.buffers(), network.buffers(), strict=True)
+    for mean, value in pairs:
+        if mean.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"the average is {mean.dtype}; keep it in torch.float32")
+        if mean.is_floating_point():
+            mean.lerp_(value.to(mean.dtype), weight)
+        else:
+            mean.copy_(value)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 METRICS = ("loss_d", "loss_real", "loss_fake", "ratio", "k", "m", "lr")  # L_D, L(x), L(G(z)), L(G(z)) / L(x), k_t, M
 PANELS = [("loss_real", "loss_fake"), ("ratio",), ("k",), ("m",), ("lr",), ("swd", "diversity")]
+# The saved weights depend on these flags:
+NETWORK_FLAGS = ("image_size", "channels", "width", "latent", "skip")
 
 
 def uniform(count: int, latent: int, device: torch.device | str = "cpu") -> Tensor:
@@ -171,10 +178,10 @@ def uniform(count: int, latent: int, device: torch.device | str = "cpu") -> Tens
     return torch.rand(count, latent, device=device) * 2 - 1
 
 
-def build(network: type[nn.Module], config: dict) -> nn.Module:
-    """The Generator or Discriminator of these settings, in the memory layout in which convolutions are fastest."""
-    shape = (config["latent"], config["width"], config["image_size"], config["channels"])
-    built = network(*shape, config["skip"], config["residual_steps"] > 0)
+def build(network: type[nn.Module], settings: dict) -> nn.Module:
+    """Make the Generator or the Discriminator, in the memory layout in which convolutions are fastest."""
+    shape = (settings["latent"], settings["width"], settings["image_size"], settings["channels"])
+    built = network(*shape, settings["skip"], settings["residual_steps"] > 0)
     for parameter in built.parameters():  # PyTorch's default shrinks the signal, and with it the influence of z
         if parameter.ndim > 1:
             nn.init.orthogonal_(parameter)
@@ -183,145 +190,319 @@ def build(network: type[nn.Module], config: dict) -> nn.Module:
     return built.to(memory_format=torch.channels_last)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16, and so faster than in fp32."""
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def train(args: argparse.Namespace) -> Path:
-    """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
-    if args.lr_min > args.lr:
-        raise ValueError(f"argument --lr-min: {args.lr_min} is above --lr {args.lr}")
+    """Train up to step --steps, from the start or from a checkpoint. Returns the run's folder."""
     device = start(args)
-    source = args.checkpoint if args.resume else args.init_from
-    saved = from_rank_0(parser().load_checkpoint, source)["state"] if source else {}
-    images = common.load_images(args.data, args.image_size, args.channels, args.data_root)
-    batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD)
+    fixed_z = uniform(256, args.latent).to(device)  # the same z in all sample pictures
+    if RANK > 0:
+        dist.barrier()  # rank 0 decodes the pictures first, and the others find them in the cache
+    images = common.load_images(args.data, args.image_size, args.channels, args.data_root, quiet=RANK > 0)
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
     args.channels = images.shape[1]
-    generator, discriminator = build(Generator, vars(args)).to(device), build(Discriminator, vars(args)).to(device)
-    ema = copy.deepcopy(generator).requires_grad_(False)  # its samples are the ones shown, measured and saved
+    args.lr_steps = args.lr_steps or args.steps
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(device) else "fp32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    batch_size = args.batch_size // WORLD  # this rank's share
+    batches = common.Batches(images, batch_size, device, args.hflip)
+    reference = common.reference_images(images, 256).to(device)  # real images to compare samples with
+
+    generator = build(Generator, vars(args)).to(device)
+    discriminator = build(Discriminator, vars(args)).to(device)
+    averaged = copy.deepcopy(generator).requires_grad_(False)  # its samples are shown and saved
     parameters = [*generator.parameters(), *discriminator.parameters()]
-    k, smooth, waited, updates = (torch.zeros((), device=device) for _ in range(4))
-    lr, best = torch.full_like(k, args.lr), torch.full_like(k, torch.finfo(k.dtype).max)
-    fall = torch.zeros_like(k) if args.lr_patience else (lr - args.lr_min) / args.steps  # of lr in a step
-    optimizer = common.adam(parameters, lr, args.betas)
-    fixed_z = uniform(256, args.latent, device)
-    shown = common.normalise(common.spread(images, 256).to(device))
-    record = common.Record(SCRIPT, vars(args), METRICS, device, images, writes=RANK == 0)
-    networks = dict(generator=generator.state_dict(), ema=ema.state_dict(), discriminator=discriminator.state_dict())
-    state = networks | record.state | dict(
-        adam=optimizer.state_dict()["state"], k=k, lr=lr, smooth=smooth, best=best, waited=waited, fall=fall,
-        updates=updates, fixed_z=fixed_z)
+    k = torch.zeros((), device=device)
+    lr = torch.full_like(k, args.lr)
+    ema_weight = torch.ones_like(k)
+    adam = torch.optim.Adam(parameters, lr, tuple(args.betas), fused=True, capturable=device.type == "cuda")
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, factor=0.5, patience=args.lr_patience, threshold=0,
+                                                         min_lr=args.lr_min, eps=0)
+    networks = dict(generator=generator, averaged=averaged, discriminator=discriminator)
+    state = networks | dict(adam=adam, k=k)
+
+    done, rows = 0, []
+    if args.resume:
+        checkpoint = load(args.out, state)
+        done, rows = checkpoint["step"], checkpoint["rows"]
+    elif args.init_from:
+        load(args.init_from, networks)
+    if RANK == 0 and not args.out:
+        args.out = common.next_folder(f"runs/{SCRIPT}")
+    folder = Path(args.out or "")  # only rank 0 writes
 
     def update() -> Tensor:
-        """One step of D and G, all of it work for the device; returns the METRICS."""
-        z = uniform(args.batch_size, args.latent, device).chunk(WORLD)[RANK]
-        x = batches()
-        optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        """One step of D and G, all of it work for the device. Returns the METRICS."""
+        z, x = uniform(batch_size, args.latent, device), batches()
+        with autocast:
             fake = generator(z)
             real_loss = reconstruction_loss(x, discriminator(x), args.eta)
             fake_loss = reconstruction_loss(fake, discriminator(fake), args.eta)
         L_D = real_loss - k * fake_loss
         L_G = fake_loss
-        # Both hold L(G(z)): one backward pass through D gives G's gradient and, times -k_t, the fakes' part of D's.
+        adam.zero_grad()
+        # One pass back through D(G(z)) serves both losses: D's gradients of L_G, times -k_t, are L_D's of G(z).
         L_G.backward()
-        torch._foreach_mul_([parameter.grad for parameter in discriminator.parameters()], -k)
+        for parameter in discriminator.parameters():
+            parameter.grad *= -k
         real_loss.backward()
         losses = torch.stack([L_D, real_loss, fake_loss]).detach()
-        average([losses, *(parameter.grad for parameter in parameters)])
-        optimizer.step()
+        all_reduce_mean([losses, *(parameter.grad for parameter in parameters)])
+        adam.step()
+        update_ema(averaged, generator, ema_weight)
 
         L_D, real_loss, fake_loss = losses
-        k_next, m = balance(k, real_loss, fake_loss, args.gamma, args.lambda_k)
+        next_k, m = balance(k, real_loss, fake_loss, args.gamma, args.lambda_k)
         metrics = torch.stack([L_D, real_loss, fake_loss, fake_loss / real_loss, k, m, lr])
-        k.copy_(k_next)
-        if args.lr_patience:
-            halve_on_stall(m, lr, smooth, best, waited, args.lr_patience, args.lr_min)
-        else:
-            lr.sub_(fall).clamp_(min=args.lr_min)
-        for network in (generator, discriminator, discriminator.decoder) if args.residual_steps else ():
-            network.carry.sub_(1 / args.residual_steps).clamp_(min=0)
-        update_ema(ema, generator, updates, args.ema)
-        updates.add_(1)
+        k.copy_(next_k)
         return metrics
 
     @torch.no_grad()
-    def pictures() -> dict[str, Tensor]:
-        fake, real = ema(fixed_z[:64]), shown[:16]
-        rows = [real, discriminator(real), fake[:16], discriminator(fake[:16])]
-        return dict(samples=fake, reconstructions=torch.cat(rows))
+    def show(step: int) -> None:
+        """Write what there is to look at."""
+        fake, real = averaged(fixed_z[:64]), reference[:16]
+        reconstructions = torch.cat([real, discriminator(real), fake[:16], discriminator(fake[:16])])
+        common.attempt(common.save_table, rows, folder / "metrics.csv")
+        common.attempt(common.save_chart, rows, folder / "curves.png", PANELS)
+        common.attempt(common.save_grid, reference[:64], folder / "samples/real.png")
+        common.attempt(common.save_grid, fake, folder / f"samples/{step:06d}.png")
+        common.attempt(common.save_grid, reconstructions, folder / f"reconstructions/{step:06d}.png", 16)
+        if step == args.steps:
+            common.attempt(common.save_gif, sorted(folder.glob("samples/[0-9]*.png")), folder / "training.gif")
 
-    if source:
-        common.fill(state if args.resume else networks, saved, source)
-    results = repeat(update, args.graph and device.type == "cuda")
-    with record, common.stop_requests() as requests:
-        if RANK == 0 and record.first == 0:
-            record.save(state)
-        if RANK == 0 and (record.first % args.sample_every == 0 or record.first == args.steps):
-            record.show(pictures(), shown[:64], PANELS)  # on resume too, in case a kill prevented it
-        for step in range(record.first + 1, args.steps + 1):
-            batches.refill()
-            record.add(step, next(results))
-            stop, last = told_to_stop(requests), step == args.steps
-            if RANK == 0 and (step % args.log_every == 0 or last):
-                record.row(common.compare(ema(fixed_z), shown))
-                record.warn(common.collapse(record.rows))
-            if RANK == 0 and (step % args.save_every == 0 or last or stop):
-                record.save(state)
-            if RANK == 0 and (step % args.sample_every == 0 or last):
-                record.show(pictures(), shown[:64], PANELS)
-            if stop and not last:
-                raise KeyboardInterrupt(f"stopped at step {step}; to continue: --resume --out {record.folder}")
-    return record.folder
+    say(f"{folder}: step {done} to {args.steps}")
+    if RANK == 0 and done > 0:
+        show(done)  # in case the run was killed between a checkpoint and its pictures
+    if args.lr_patience > 0:
+        for row in rows:
+            plateau.step(row["m"])  # brings the rate to where a resumed run left it
+    step_once = cuda_graph(update) if args.graph and device.type == "cuda" else update
+    total = torch.zeros(len(METRICS), device=device)
+    last_row, started = done, time.perf_counter()
+    for step in range(done, args.steps):
+        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
+        if args.lr_patience == 0:
+            lr.fill_(args.lr_min + (args.lr - args.lr_min) * max(0.0, 1 - step / args.lr_steps))
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # the average soon forgets the initial weights
+        if args.residual_steps > 0:
+            for network in (generator, discriminator, discriminator.decoder):
+                network.carry.fill_(max(0.0, 1 - step / args.residual_steps))
+        batches.refill()
+        total += step_once()
+        say(f"{step + 1}/{args.steps}", end="\r")
+        if (step + 1) % args.every != 0 and step + 1 != args.steps:
+            continue
+
+        all_reduce_mean([total])
+        metrics = dict(zip(METRICS, (total / (step + 1 - last_row)).tolist()))
+        check_finite(step + 1, metrics, networks)
+        if args.lr_patience > 0:
+            plateau.step(metrics["m"])
+        total.zero_()
+        last_row = step + 1
+        if RANK > 0:
+            continue
+        rows.append(dict(step=step + 1, **metrics, **common.compare(averaged(fixed_z), reference)))
+        save(args, step + 1, state, rows)
+        show(step + 1)
+        pace = (step + 1 - done) / max(time.perf_counter() - started, 1e-9)
+        left = datetime.timedelta(seconds=round((args.steps - step - 1) / pace))
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        say(f"{step + 1}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
+    return folder
+
+
+# ---- device, ranks, checkpoints: the same text in all four scripts --------------------------------------------------
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Choose the device, join the other ranks and seed the weights. Raises ValueError if there is no such device."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if args.device != "auto":
+        device = torch.device(args.device)
+        if not torch.get_device_module(device).is_available():
+            raise ValueError(f"argument --device: this machine has no {args.device}")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured in a graph
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as convolutions have it by default
+    if WORLD > 1:
+        dist.init_process_group(timeout=datetime.timedelta(minutes=30))
+    torch.manual_seed(args.seed)  # the same on every rank
+    return device
+
+
+def all_reduce_mean(tensors: list[Tensor]) -> None:
+    """Replace tensors by their means over the ranks, in one all-reduce."""
+    if WORLD > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / WORLD).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return a function that runs ``update`` three times, then records it in a CUDA graph and replays that."""
+    def results() -> Iterator[Tensor]:
+        for _ in range(3):
+            yield update()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                result = update()  # recorded, not run
+        except RuntimeError as error:
+            say(f"no CUDA graph, so the steps run one operation at a time: {str(error).splitlines()[0]}")
+            while True:
+                yield update()
+        while True:
+            graph.replay()
+            yield result
+
+    steps = results()
+    return lambda: next(steps)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on rank 0; a counter, with end="\\r", only on a terminal. Whatever becomes of the output, a run goes on."""
+    try:
+        if RANK == 0 and (end == "\n" or getattr(sys.stdout, "isatty", bool)()):
+            print(text, end=end, flush=True)
+    except UnicodeError:
+        print(ascii(text), flush=True)
+    except (OSError, ValueError):  # the reader has gone, or the output is closed
+        sys.stdout = None
+
+
+def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Module]) -> None:
+    """Raises FloatingPointError if a metric or a weight is NaN or infinite."""
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    bad += [name for name, network in networks.items()
+            if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
+    if bad:
+        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
+                                 "with --init-from from the last checkpoint, which is still good")
+
+
+def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
+    """Write checkpoint.pt, and with --keep a numbered copy. Raises OSError."""
+    settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
+    saved = {name: item if isinstance(item, Tensor) else item.state_dict() for name, item in state.items()}
+    names = [f"checkpoint-{step:06d}.pt", "checkpoint.pt"] if args.keep else ["checkpoint.pt"]
+    for name in names:
+        with common.atomic_write(Path(args.out, name)) as file:
+            torch.save(dict(script=SCRIPT, settings=settings, step=step, rows=rows, state=saved), file)
+
+
+def load(path: str | Path, state: dict | None = None) -> dict:
+    """Read a checkpoint, a file or a run's folder, and restore the networks, Adams and tensors in ``state`` from it.
+
+    No code in the file is run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+            raise ValueError("it is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != SCRIPT:
+            raise ValueError(f"it is of {checkpoint['script']}.py")
+        settings, known = checkpoint.get("settings", {}), vars(make_parser().parse_args([]))
+        if others := sorted(known.keys() ^ settings.keys()):
+            raise ValueError(f"it is of another version, with other settings ({', '.join(others)})")
+        for name, value in settings.items():
+            if type(value) is not type(known[name]):
+                raise ValueError(f"its setting {name} is {value!r}")
+        for name, item in (state or {}).items():
+            if isinstance(item, Tensor):
+                item.copy_(checkpoint["state"][name])
+            elif isinstance(item, torch.optim.Adam):
+                restore_adam(item, checkpoint["state"][name])
+            else:
+                item.load_state_dict(checkpoint["state"][name])
+    except Exception as error:  # a damaged file makes torch raise nearly every kind
+        reason = " ".join(str(error).partition(". ")[0].split())
+        raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
+    return checkpoint
+
+
+def restore_adam(adam: torch.optim.Adam, saved: dict) -> None:
+    """Restore Adam's moments, not its settings: flags may have changed, and a tensor ``lr`` must stay the same one."""
+    groups = [dict(group) for group in adam.param_groups]
+    adam.load_state_dict(saved)
+    for group, own in zip(adam.param_groups, groups):
+        group.update(own)
+        for parameter in group["params"]:  # a fused Adam would write past the end of moments that are too small
+            shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
+            if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
+                raise ValueError("Adam's moments do not fit the weights")
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
-def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
-    """A checkpoint's averaged generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = parser().load_checkpoint(path)
-    generator = build(Generator, content["config"])
-    common.fill({"ema": generator.state_dict()}, content["state"], path)
-    return generator.to(device).eval().requires_grad_(False), content["config"]
+def load_generator(run: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
+    """The averaged generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
 
-
-def open_generator(args: argparse.Namespace, purpose: str) -> tuple[Generator, dict, torch.device, Path]:
-    """The generator of --checkpoint, its settings, the device, and a new folder to fill: --out or beside the run."""
-    device = start(args)
-    generator, config = load_generator(args.checkpoint, device)
-    return generator, config, device, Path(args.out or common.next_folder(Path(args.checkpoint).parent / purpose))
+    Raises FileNotFoundError or ValueError.
+    """
+    settings = load(run)["settings"]
+    generator = build(Generator, settings)
+    load(run, dict(averaged=generator))
+    return generator.to(device).eval().requires_grad_(False), settings
 
 
 def sample(args: argparse.Namespace) -> Path:
-    """--sample N: N pictures, numbered, as FID tools want them."""
-    generator, config, device, folder = open_generator(args, "sample")
+    """--sample N: write N pictures, numbered, as FID tools want them."""
+    device = start(args)
+    generator, settings = load_generator(args.out, device)
+    folder = common.next_folder(Path(args.out, "sample"))
     for first in range(0, args.sample, 256):
-        z = uniform(min(256, args.sample - first), config["latent"])
+        z = uniform(min(256, args.sample - first), settings["latent"])
         common.save_pngs(generator(z.to(device)), folder, first)
     return folder
 
 
 def interpolate(args: argparse.Namespace) -> Path:
-    """--interpolate N: N straight walks between two random z, a row each."""
-    generator, config, device, folder = open_generator(args, "interpolate")
-    begin, end = uniform(2 * args.interpolate, config["latent"]).to(device).chunk(2)
+    """--interpolate N: write N straight walks between two random z, a row each."""
+    device = start(args)
+    generator, settings = load_generator(args.out, device)
+    folder = common.next_folder(Path(args.out, "interpolate"))
+    begin, end = uniform(2 * args.interpolate, settings["latent"]).to(device).chunk(2)
     walk = [generator(torch.lerp(begin, end, step / 11)) for step in range(12)]
     common.save_grid(torch.stack(walk, dim=1), folder / "walks.png")
     return folder
 
 
 def embed(args: argparse.Namespace) -> Path:
-    """--embed FOLDER: the z that minimises |x - G(z)|, for 16 pictures and their mirror images; then walks."""
-    generator, config, device, folder = open_generator(args, "embed")
-    source = os.path.abspath(args.embed)  # a folder, even where its name is a data set's
-    images = common.load_images(source, config["image_size"], config["channels"], args.data_root)[:16]
+    """--embed FOLDER: find the z that minimise |x - G(z)| for 16 pictures and their mirror images, and walk there."""
+    device = start(args)
+    generator, settings = load_generator(args.out, device)
+    pictures = os.path.abspath(args.embed)  # a folder, even where its name is a dataset's
+    images = common.load_images(pictures, settings["image_size"], settings["channels"], args.data_root)[:16]
+    folder = common.next_folder(Path(args.out, "embed"))
     real = common.normalise(images.to(device))
     targets = torch.cat([real, real.flip(3)])
-    z = torch.zeros(len(targets), config["latent"], device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([z], lr=0.03)
+    z = torch.zeros(len(targets), settings["latent"], device=device, requires_grad=True)
+    adam = torch.optim.Adam([z], lr=0.03)
     for _ in range(500):
         error = (generator(z) - targets).abs().mean()
-        (z.grad,) = torch.autograd.grad(error, z)
-        optimizer.step()
+        adam.zero_grad()
+        error.backward()
+        adam.step()
         z.data.clamp_(-1, 1)
-    print(f"mean |x - G(z)| = {error.item():.4f} on pixels in [-1, 1]")
+    say(f"mean |x - G(z)| = {error.item():.4f} on pixels in [-1, 1]")
     found, mirrored = z.detach().chunk(2)
     for name, end, goal in ("pairs", found.roll(-1, 0), real.roll(-1, 0)), ("mirrors", mirrored, real.flip(3)):
         walk = [generator(torch.lerp(found, end, step / 7)) for step in range(8)]
@@ -331,118 +512,107 @@ def embed(args: argparse.Namespace) -> Path:
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+# These flags must be positive:
+COUNTS = ("batch_size", "steps", "every", "width", "latent", "sample", "interpolate")
+# These flags say what to do with a run, and are not its settings:
+ACTIONS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None, embed=None)
 
-def parser() -> argparse.ArgumentParser:
-    """The flags, each with its check."""
-    number, switch = common.number, argparse.BooleanOptionalAction
-    parser = common.Parser(SCRIPT, __doc__.split("\n")[0], data="faces", sizes=(16, 32, 64, 128, 256), precision="auto")
-    add = parser.add_argument_group("BEGAN").add_argument
-    add("--batch-size", type=number(int, 1, 1e6), default=16, help="images per batch, over all ranks")
-    add("--steps", type=number(int, 1), default=6000, help="generator updates of the whole run")
-    add("--lr", type=number(float, 1e-9, 1), default=4e-4, help="Adam's initial learning rate, both networks")
-    add("--lr-min", type=number(float, 0, 1), default=2e-5, help="lower bound of the learning rate")
-    add("--lr-patience", type=number(int, 0), default=0, help="steps without a new least M to halve lr; 0: linear fall")
-    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.99], metavar="B", help="Adam's betas")
-    add("--gamma", type=number(float, 0, 1), default=0.9, help="diversity ratio L(G(z)) / L(x); paper: 0.3 to 0.7")
-    add("--lambda-k", type=number(float, 0, 1), default=0.2, help="learning rate of k_t; paper: 0.001, for long runs")
+
+def make_parser() -> argparse.ArgumentParser:
+    """Define the flags. Those of ACTIONS have no default here."""
+    path, switch = os.path.expanduser, argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", argument_default=argparse.SUPPRESS,
+                                     description="Train BEGAN, or use a generator that it has trained.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=path, default="faces", help=f"{', '.join(common.NAMES)}, or a folder of pictures")
+    add("--data-root", type=path, default="data", help="folder for downloads and decoded pictures")
+    add("--image-size", type=int, choices=(16, 32, 64, 128, 256), default=32, help="height and width in pixels")
+    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data have")
+    add("--hflip", action=switch, default=False, help="flip half of the real images left to right")
+    add("--batch-size", type=int, default=16, help="images in a batch, over all ranks")
+    add("--steps", type=int, default=6000, help="the step to train to")
+    add("--lr", type=float, default=4e-4, help="Adam's learning rate at the start")
+    add("--lr-min", type=float, default=2e-5, help="the lowest learning rate")
+    add("--lr-steps", type=int, default=0, help="steps in which the rate falls to --lr-min; 0 for all --steps")
+    add("--lr-patience", type=int, default=0,
+        help="halve the rate instead, when this many rows of metrics.csv (see --every) bring no lower M; 0 for never")
+    add("--betas", type=float, nargs=2, default=[0.5, 0.99], metavar="BETA", help="Adam's betas")
+    add("--ema", type=float, default=0.999, help="decay of the averaged generator; 0 for no averaging")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the hardware has it")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add("--graph", action=switch, default=True, help="on a GPU, replay the step as a CUDA graph")
+    add("--seed", type=int, default=0, help="seed of weights, batches and noise")
+    add("--every", type=int, default=100, help="steps between rows of metrics.csv, pictures and checkpoints")
+    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
+    add("--gamma", type=float, default=0.9, help="diversity ratio L(G(z)) / L(x); 0.3 to 0.7 in the paper")
+    add("--lambda-k", type=float, default=0.2, help="learning rate of k_t; 0.001 in the paper")
     add("--eta", type=int, choices=(1, 2), default=2, help="exponent of the reconstruction loss")
-    add("--width", type=number(int, 1, 4096), default=32, help="the paper's n: channels of the first layer")
-    add("--latent", type=number(int, 1, 65536), default=64, help="length of z and of D's code")
+    add("--width", type=int, default=32, help="the paper's n, the channels of the first layer")
+    add("--latent", type=int, default=64, help="length of z and of D's code")
     add("--skip", action=switch, default=True, help="skip connections in the decoders")
-    add("--residual-steps", type=number(int, 0), default=0, help="steps of vanishing residuals (paper: 16000); 0: none")
-    add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged generator; 0: no averaging")
-    parser.use("--interpolate", type=number(int, 1, 1000), metavar="N", help="skip training and write N walks in z")
-    parser.use("--embed", metavar="FOLDER", help="skip training and find z for its pictures")
+    add("--residual-steps", type=int, default=0, help="steps of vanishing residuals, 16000 in the paper; 0 for none")
+    add("--out", type=path, help="folder of the run (default: a new one, or the newest one to resume or use)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--init-from", type=path, metavar="RUN", help="start from the weights in another run's folder or checkpoint")
+    add("--resume", action="store_true", default=argparse.SUPPRESS, help="continue a run with its settings")
+    add("--sample", type=int, metavar="N", help="write N samples of a trained generator")
+    add("--interpolate", type=int, metavar="N", help="write N walks between random z")
+    add("--embed", type=path, metavar="FOLDER", help="find the z of a folder's pictures, and walk between them")
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    with common.one_line_errors(SCRIPT), ranks():
-        args = from_rank_0(parser().settings, argv)
-        use = sample if args.sample else interpolate if args.interpolate else embed if args.embed else train
-        folder = use(args) if use is train or RANK == 0 else None
-        if RANK == 0:
-            print(f"{SCRIPT}: results are in {folder}")
+def read_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the flags. The settings of a run to resume, or of networks to start from, become the defaults."""
+    parser, saved = make_parser(), {}
+    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS))
+    if WORLD > 1 and (args.sample or args.interpolate or args.embed):
+        parser.error("torchrun is for training only")
+    if args.resume or args.sample or args.interpolate or args.embed:
+        args.out = args.out or common.newest_folder(f"runs/{SCRIPT}-*", "checkpoint.pt")
+    elif args.out and os.path.exists(args.out) and os.listdir(args.out):
+        parser.error(f"argument --out: {args.out!r} is not empty; choose a new folder, or --resume the run in it")
+    if args.resume:
+        saved = load(args.out)["settings"]
+        parser.set_defaults(**saved)
+    elif args.init_from:
+        saved = load(args.init_from)["settings"]
+        parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
+    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS | dict(out=args.out)))
 
-
-# ---- runs: the same text in all four scripts ------------------------------------------------------------------------
-
-RANK, WORLD, LAUNCHER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
-
-
-@contextlib.contextmanager
-def ranks() -> Iterator[None]:
-    """Join the ranks that torchrun started, if any."""
-    if WORLD > 1:
-        dist.init_process_group(timeout=datetime.timedelta(minutes=30))
-    yield
-    if WORLD > 1:
-        dist.barrier()  # gloo may abort a rank when another leaves before it
-        dist.destroy_process_group()
-
-
-def from_rank_0(make: Callable, *inputs: object) -> object:
-    """make(*inputs), made on rank 0, which alone may have the files, and sent to the other ranks."""
-    result = [make(*inputs) if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
-def average(tensors: Iterable[Tensor]) -> None:
-    """Replace tensors by their means over the ranks, in one all-reduce."""
-    if WORLD > 1:
-        tensors = list(tensors)
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, (flat / WORLD).split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
-
-
-def told_to_stop(requests: list[int]) -> bool:
-    """Whether any rank has been asked to stop or has lost its launcher; all ranks get the same answer."""
-    asked = torch.tensor(float(len(requests) > 0 or WORLD > 1 and os.getppid() != LAUNCHER))
-    average([asked])
-    return asked.item() > 0
-
-
-def start(args: argparse.Namespace) -> torch.device:
-    """Seed, and choose the device and, where it is "auto", the precision. Raises ValueError."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = torch.device(args.device if args.device != "auto" else next(kind for kind in found if found[kind]))
-    if not found[device.type]:
-        raise ValueError(f"argument --device: this machine has no {args.device}; accepted: auto, cpu")
+    for name, value in vars(args).items():
+        flag = f"argument --{name.replace('_', '-')}"
+        if value == "":
+            parser.error(f"{flag}: must not be empty")
+        if isinstance(value, (int, float)) and not 0 <= value < 2**32:
+            parser.error(f"{flag}: {value} is not a number from 0 to {2**32 - 1}")
+        if name in COUNTS and value == 0:
+            parser.error(f"{flag}: must be positive")
+        if name in NETWORK_FLAGS and value != saved.get(name, value):
+            parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
     if args.batch_size % WORLD:
-        raise ValueError(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
-    if vars(args).get("precision") == "auto":
-        args.precision = "bf16" if common.has_bf16(device) else "fp32"
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_stream(torch.cuda.Stream())  # a step is captured on the stream that has warmed it up
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 for matrix products, as convolutions have it by default
-    torch.manual_seed(args.seed)  # alike on every rank: the same weights and the same global batches
-    return device
+        parser.error(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
+    return args
 
 
-def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
-    """Results of update(), endlessly; with ``graph`` its first three warm up and the others replay one CUDA graph."""
-    for _ in range(3):
-        yield update()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                result = update()  # recorded, not run
-        except RuntimeError as error:
-            print(f"{SCRIPT}: no CUDA graph, running eagerly: {str(error).splitlines()[0]}", file=sys.stderr)
-        else:
-            while True:
-                captured.replay()
-                yield result
-    while True:
-        yield update()
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    args = argparse.Namespace(**ACTIONS)
+    try:
+        args = read_flags(argv)
+        action = sample if args.sample else interpolate if args.interpolate else embed if args.embed else train
+        say(f"the results are in {action(args)}")
+        if WORLD > 1:
+            dist.barrier()  # gloo may stop a rank when another one leaves first
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        if args.out and Path(args.out, "checkpoint.pt").exists():
+            sys.exit(f"stopped; to continue: python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}")
+        sys.exit("stopped before the first checkpoint, so nothing has been saved")
+    except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

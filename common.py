@@ -1,9 +1,9 @@
-"""Data, pictures and run files of the four scripts: images in, batches, pictures out, two measures, checkpoints."""
+"""Data and image helpers of the four scripts: datasets and folders, batches, pictures, charts and two measures."""
 
-import argparse
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -11,23 +11,19 @@ import mmap
 import os
 import random
 import re
-import shutil
-import signal
 import sys
 import time
 import warnings
-import zipfile
-import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -35,11 +31,11 @@ from torch import Tensor
 
 @contextmanager
 def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """Write a file completely or not at all: `with atomic_write("a.pt") as file: torch.save(state, file)`.
+    """Write a file completely or not at all: `with atomic_write("a.png") as file: image.save(file)`.
 
-    `file` is a hidden temporary file beside `path` with the same suffix. When the block ends, it is synced to the disk
-    (unless `sync` is off) and renamed to `path`. When anything fails, `path` stays as it was and the temporary file is
-    removed; a failed write is an OSError of one line that names `path`. Only one process may write a path at a time.
+    `file` is a hidden temporary file beside `path`. When the block ends, it is synced to the disk (unless `sync` is
+    off) and renamed. If anything fails, `path` stays as it was. Only one process may write a path at a time.
+    Raises OSError, with a message of one line that names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -50,40 +46,67 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save hides the reason, such as a full disk, behind a RuntimeError
+        # PyTorch hides the reason, such as a full disk, behind a RuntimeError
         reason = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
-        raise OSError(f"cannot write {ascii(str(path))}: {_reason(reason)}") from error
+        raise OSError(f"cannot write {str(path)!r}: {_reason(reason)}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
-@contextmanager
-def file_lock(path: str | Path, wait: bool) -> Iterator[None]:
-    """Hold the lock of a file. Where another process has it: wait, or else OSError. No lock where files have none."""
-    folder = Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        with suppress(ImportError):  # on Windows
-            import fcntl
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise OSError(f"another process is using {str(folder)!r}") from None
-                print(f"waiting for another process that is using {ascii(str(folder))}", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # on some network drives
-                pass
-        yield
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename a file to `path`. Windows refuses while another program has `path` open, so try for a second."""
+    for _ in range(20):
+        with suppress(PermissionError):
+            return os.replace(temporary, path)
+        time.sleep(0.05)
+    os.replace(temporary, path)
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in one short ASCII line without the path."""
+    """Say what went wrong in one short ASCII line without the path."""
     text = getattr(error, "strerror", None) or str(error).partition(" file '")[0]
     return ascii(f"{type(error).__name__}: {text}")[1:-1][:160]
+
+
+def _print_to_stderr(text: str, end: str = "\n") -> None:
+    """Print a text, whatever state stderr is in: missing, closed, or unable to encode a character.
+
+    With `end` "\\r", which keeps a line up to date, print only on a terminal.
+    """
+    with suppress(Exception):
+        encoding = getattr(sys.stderr, "encoding", None) or "ascii"
+        if end == "\n" or sys.stderr.isatty():
+            sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + end)
+            sys.stderr.flush()
+
+
+def next_folder(stem: str | Path) -> Path:
+    """Make and return the first of the folders stem-001, stem-002, ... that does not exist yet. Raises OSError."""
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    for count in itertools.count(1):
+        folder = Path(f"{stem}-{count:03d}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def newest_folder(pattern: str, file: str) -> Path:
+    """Return the folder that matches a pattern and has the newest `file` in it. Raises FileNotFoundError."""
+    found = max(Path().glob(f"{pattern}/{file}"), key=os.path.getmtime, default=None)
+    if found is None:
+        raise FileNotFoundError(f"there is no {pattern}/{file} in {os.getcwd()!r}")
+    return found.parent
+
+
+def attempt(write: Callable, *arguments: object) -> None:
+    """Call a function that writes something to look at. If it fails, print a warning."""
+    try:
+        write(*arguments)
+    except Exception as error:
+        _print_to_stderr(f"warning: {' '.join(str(error).split()) or _reason(error)}")
 
 
 # ---- drawings --------------------------------------------------------------------------------------------------------
@@ -389,7 +412,7 @@ def draw_fish(rng: random.Random, size: int) -> tuple[Image.Image, int]:
 
 DRAWN = {"digits": (draw_digit, 1), "faces": (draw_face, 3), "fish": (draw_fish, 3)}  # with their own channels
 DRAWN_COUNT, DRAWN_SEED, DRAWING_VERSION = 6_000, 0, 1  # raise the version when a drawing changes
-STACKED = {"stacked": "digits", "stacked-mnist": "mnist"}  # and the sets whose digits are stacked
+STACKED = {"stacked": "digits", "stacked-mnist": "mnist"}  # with the sets whose digits are stacked
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
 NAMES = [*DRAWN, *STACKED, *TORCHVISION]
 FILE_TYPES = Image.registered_extensions()  # {".jpg": "JPEG", ...} of the installed Pillow
@@ -398,26 +421,28 @@ FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "
 SUFFIXES = tuple(suffix for suffix in FILE_TYPES if FILE_TYPES[suffix] in FORMATS)
 ACCEPTED = f"{', '.join(NAMES)} or a folder with pictures ({' '.join(FORMATS)})"
 CELEBA_BOX = (35, 55, 143, 163)  # the central 108 x 108 of 178 x 218, as in DCGAN and shekkizh/EBGAN.tensorflow
-MAX_PIXELS = 64_000_000  # a picture takes up to 8 bytes a pixel while it is decoded
-# MAP_NORESERVE (0x4000), because Linux would else refuse to map a file larger than the memory
-COPY_ON_WRITE = {"access": mmap.ACCESS_COPY} if sys.platform != "linux" else {"flags": mmap.MAP_PRIVATE | 0x4000}
-CACHE_VERSION = 2  # raise it when to_array or the cache changes
+SYSTEM_NAMES = ("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "system volume information",
+                "lost+found", "lost.dir", "__macosx", "network trash folder", "site-packages", "node_modules")
 
 
-def load_images(source: str, image_size: int, channels: int | None = None, root: str = "data") -> Tensor:
-    """All pictures of `source` in a fixed order: uint8 [N, channels, image_size, image_size], 0 to 255.
+def load_images(source: str, image_size: int, channels: int | None = None, root: str = "data",
+                quiet: bool = False) -> Tensor:
+    """Load all pictures of `source` in a fixed order: uint8 [N, C, image_size, image_size], 0 to 255.
 
-    source: a procedurally generated set (digits, faces, fish), three digits as red, green and blue (stacked,
-        stacked-mnist), a torchvision training set (mnist, fashion, cifar10, celeba; kept in `root`) or a folder, read
-        with its subfolders. Generated sets, CelebA and folders are decoded once, by one process at a time, into
-        `root`/cache and memory-mapped copy-on-write, so they may exceed the memory. Bad pictures are reported.
-    channels: 1 (luminance), 3, or None for what the set has itself; a folder has 1 if all its files are greyscale.
-    Greyscale files with more than 8 bits share one scale: white is the greatest value in any file of the folder, black
-    is 0, or the least value if it is negative.
-    Raises ValueError for a wrong argument or a folder without a usable picture, and OSError for a failed download or
-    a `root` that cannot be written; each with a message of one line.
+    source: a generated set (digits, faces, fish), three digits as red, green and blue (stacked, stacked-mnist), a
+        torchvision training set (mnist, fashion, cifar10, celeba; kept in `root`) or a folder, which is read with its
+        subfolders. Hidden and system folders, folders that hold a run, and `root` are left out.
+    channels: C is 1 (luminance) or 3. With None or 0 it is what the set has, which is 1 if all its pixels are grey.
+        Grey levels of more than 8 bits share one scale: white is the greatest value in any file of the folder, and
+        black is 0, or the smallest value if that is negative.
+    quiet: print nothing. Otherwise a line on stderr counts the pictures, and bad pictures are named.
+
+    Generated sets, CelebA and folders are decoded once, to a file in `root`/cache that is mapped into memory and may
+    be larger than the memory. Writing into the tensor does not change the file. Raises ValueError for a wrong argument
+    or a folder without a usable picture, and OSError if a download fails or `root` cannot be written.
     """
-    if type(image_size) is not int or image_size < 1 or channels not in (None, 1, 3):
+    channels = channels or 0
+    if type(image_size) is not int or image_size < 1 or channels not in (0, 1, 3):
         raise ValueError(f"image_size must be a positive int, not {image_size!r}; channels 1 or 3, not {channels!r}")
     source, root = os.path.expanduser(source), os.path.expanduser(root)
     if source in NAMES and os.path.isdir(source) and os.path.abspath(root) != os.getcwd():
@@ -425,17 +450,19 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
                          "rename the folder to use the dataset")
     if source in DRAWN:
         draw, own = DRAWN[source]
-        return _cached(source, [DRAWN_SEED, DRAWING_VERSION], range(DRAWN_COUNT), image_size, channels or own, root,
-                       lambda index: draw(random.Random(f"{DRAWN_SEED}-{index}"), image_size)[0])
+        return _load_through_cache(_PictureSet(
+            source, [DRAWN_SEED, DRAWING_VERSION], range(DRAWN_COUNT), image_size, channels or own, root, quiet,
+            lambda index, task: task(draw(random.Random(f"{DRAWN_SEED}-{index}"), image_size)[0])))
     if source in STACKED:
         if channels == 1:
             raise ValueError(f"{source!r} has 3 channels")
-        digits = load_images(STACKED[source], image_size, 1, root)
+        digits = load_images(STACKED[source], image_size, 1, root, quiet)
         return digits[_stacked(len(digits))].squeeze(2)
     if source == "celeba":
         names, folder = list(_torchvision(source, root).filename), os.path.join(root, "celeba", "img_align_celeba")
-        return _cached(source, names, names, image_size, channels or 3, root,
-                       lambda name: Image.open(os.path.join(folder, name), formats=FORMATS).crop(CELEBA_BOX))
+        return _load_through_cache(_PictureSet(
+            source, names, names, image_size, channels or 3, root, quiet,
+            lambda name, task: _open_picture(os.path.join(folder, name), lambda image: task(image.crop(CELEBA_BOX)))))
     if source in TORCHVISION:
         data = torch.as_tensor(_torchvision(source, root).data)  # [N, 28, 28] or [N, 32, 32, 3]
         from torchvision.transforms import functional  # here, because torchvision doubles the start-up time
@@ -445,241 +472,321 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
         images = torch.cat([functional.resize(part, [image_size] * 2, antialias=True) for part in parts])
         return images.expand(-1, channels or -1, -1, -1).contiguous()
     if os.path.isdir(source):
-        return _read_folder(source, image_size, channels, root)
+        found, remark = _find_pictures(source, root)
+        return _load_through_cache(_PictureSet(
+            os.path.abspath(source), found, [name for name, *_ in found], image_size, channels, root, quiet,
+            lambda name, task: _open_picture(os.path.join(source, name), task), remark, is_folder=True))
     if os.path.isfile(source):
         raise ValueError(f"{source!r} is a file: give a folder of pictures, and unpack an archive first")
     raise ValueError(f"no such data: {source!r}; give {ACCEPTED}")
 
 
 def _stacked(count: int) -> Tensor:
-    """Which of `count` digits are the red, green and blue of 25,600 stacked pictures."""
+    """Choose the red, green and blue digits of 25,600 stacked pictures from `count` digits: int64 [25600, 3]."""
     return torch.randint(count, (25_600, 3), generator=torch.Generator().manual_seed(0))
 
 
-def spread(images: Tensor, count: int) -> Tensor:
-    """At most `count` of the images [N, ...], spread evenly over the set and in order, without exact duplicates."""
-    count = min(count, len(images))
-    chosen = images[torch.arange(count) * (len(images) - 1) // max(1, count - 1)]
-    return torch.stack(list({image.cpu().numpy().tobytes(): image for image in chosen}.values()))
-
-
-def to_array(image: Image.Image, image_size: int, channels: int, levels: tuple = (0, 255)) -> np.ndarray:
-    """A picture of any mode and shape as uint8 [channels, image_size, image_size]; ValueError above MAX_PIXELS.
-
-    EXIF orientation is applied, the central square is resized (bicubic, antialiased) and composited on white.
-    levels: the values of black and white in greyscale with more than 8 bits.
-    """
-    image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG need not be decoded much larger than this
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are too many")
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":  # scaled here, because Pillow's own conversion clips at 255
-        black, white = levels
-        grey = np.nan_to_num(np.asarray(image, np.float32), nan=black).clip(black, white) - black
-        image = Image.fromarray((grey * (255 / (white - black or 1))).round().astype(np.uint8))
-    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    image = ImageOps.fit(image, (image_size, image_size))
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    return np.ascontiguousarray(np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1))
-
-
-def _levels(image: Image.Image) -> tuple[int, float, float]:
-    """A picture's channels and, of greyscale with more than 8 bits, its least and greatest value or 0."""
-    channels = 1 if Image.getmodebase(image.mode) == "L" else 3
-    if image.mode[0] not in "IF" or image.width * image.height > MAX_PIXELS:
-        return channels, 0.0, 0.0
-    values = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
-    return channels, float(values.min(initial=0)), float(values.max(initial=0))
-
-
 def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
-    """The training split of a torchvision set, downloaded into `root` if it is not there. Raises OSError."""
+    """Open the training split of a torchvision set, and download it if it is not in `root`. Raises OSError."""
     try:
         from torchvision import datasets
         data = getattr(datasets, TORCHVISION[source])
         with suppress(RuntimeError):  # not there
             return data(root, download=False)
-        with file_lock(Path(root, "cache", ".lock"), wait=True):
-            return data(root, download=True)
+        return data(root, download=True)
     except Exception as error:  # no network, a quota, a broken archive, a missing package...
         hint = "--data-root names the folder that holds it; for other pictures, --data FOLDER"
         raise OSError(f"{source} failed ({_reason(error)}); {hint}") from error
 
 
-def _read_folder(folder: str, image_size: int, channels: int | None, root: str) -> Tensor:
-    """The pictures below `folder`, sorted by path. See `load_images`."""
-    def read(name: str) -> Image.Image:
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):  # opening a pipe would wait for ever
-            raise OSError("broken link, closed folder or not a file")
-        return Image.open(path, formats=FORMATS)
-
-    found, unread, seen, start = [], Counter(), set(), len(os.path.join(folder, ""))
+def _find_pictures(folder: str, root: str) -> tuple[list[list], str]:
+    """Find the pictures below `folder`: a sorted list of [name, bytes, time], and a remark on what is left out."""
+    if os.path.exists(os.path.join(folder, "samples", "real.png")):
+        raise ValueError(f"{folder!r} holds a run, and its samples are not data; move the pictures to another folder")
+    found, unread, left_out, seen, start = [], Counter(), Counter(), set(), len(os.path.join(folder, ""))
     walk = os.walk(folder, followlinks=True, onerror=lambda error: found.append([error.filename[start:]]))
     for where, folders, files in walk:
-        folders.sort()  # so that of two ways to one folder always the same is taken
-        if (real := os.path.realpath(where)) in seen:  # a link to a folder that was read already, or is being read
+        folders.sort()  # so that a folder that can be reached in two ways is always reached in the same way
+        real, reason = os.path.realpath(where), ""
+        if where != folder:
+            reason = _reason_to_leave_out(where, root)
+        if reason or real in seen:  # a link may lead to a folder that was read already, or is being read
+            left_out[reason] += 1
             folders.clear()
             continue
         seen.add(real)
         for path in [os.path.join(where, name) for name in files]:
-            if path.lower().endswith(SUFFIXES):
+            if reason := _reason_to_leave_out(path):
+                left_out[reason] += 1
+            elif path.lower().endswith(SUFFIXES):
                 stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.exists(path) else []
                 found.append([path[start:], *stamp])
             else:
                 unread[ascii(Path(path).suffix.lower())[1:-1][:9] or "unnamed"] += 1
-    found.sort()
     most = ", ".join(f"{count:,} {suffix}" for suffix, count in unread.most_common(5))
     remark = f", {unread.total():,} files not read ({most})" if unread else ""
-    names = [name for name, *_ in found]
-    return _cached(os.path.abspath(folder), found, names, image_size, channels, root, read, True, remark)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if reason)
+    return sorted(found), f"{remark}, left out: {reasons}" if reasons else remark
 
 
-def _cached(name: str, content: list, items: Sequence, image_size: int, channels: int | None, root: str,
-            read: Callable, survey: bool = False, remark: str = "") -> Tensor:
-    """The pictures read(item) of all items as uint8 [N, C, H, W], mapped from a file in `root`/cache, made if need be.
+def _reason_to_leave_out(path: str, root: str | None = None) -> str:
+    """Say why a file, or a folder if `root` is given, does not count as data. Return "" if it does."""
+    name = os.path.basename(path).lower()
+    if name.startswith(".") or name in SYSTEM_NAMES:
+        return "hidden or system"
+    if root and os.path.realpath(path) == os.path.realpath(root):
+        return "data root"
+    if root and any(os.path.exists(os.path.join(path, sign)) for sign in ("checkpoint.pt", "samples/real.png")):
+        return "run"
+    return ""
 
-    The name of the file holds a digest of `content`: when that changes, a new file replaces the old one. A .json with
-    checksums, skipped (pairs of item and reason), own (channels of the set itself) and a remark on the set is written
-    last; a file without it, or with other checksums, does not count. The argument `remark` is on the folder as it is.
-    survey: look at all pictures beforehand, for the channels (unless given) and for the scale of grey levels.
+
+# ---- decoding and its cache ------------------------------------------------------------------------------------------
+
+MAX_PIXELS = 64_000_000  # a picture takes up to 8 bytes a pixel while it is decoded
+Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS  # Pillow refuses twice as many, which only a JPEG may have, as below
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28  # texts and profiles, in bytes
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: the Image.Transpose that undoes it
+CACHE_VERSION = 3  # raise it when to_array or the cache changes
+# MAP_NORESERVE (0x4000), because Linux would otherwise refuse to map a file larger than the memory
+COPY_ON_WRITE = {"access": mmap.ACCESS_COPY} if sys.platform != "linux" else {"flags": mmap.MAP_PRIVATE | 0x4000}
+
+
+def _open_picture(path: str, task: Callable) -> object:
+    """Open a picture file and return task(picture)."""
+    if not os.path.isfile(path):  # opening a pipe would wait forever
+        raise OSError("broken link, closed folder or not a file")
+    with Image.open(path, formats=FORMATS) as image:
+        return task(image)
+
+
+def to_array(image: Image.Image, image_size: int, channels: int, levels: tuple = (0, 255)) -> np.ndarray:
+    """Convert a picture of any mode and shape to uint8 [channels, image_size, image_size].
+
+    The central square is resized (bicubic, antialiased), turned as EXIF says, converted from its colour profile to
+    sRGB, and put on white where it is transparent. `levels` are the values of black and white in greyscale with more
+    than 8 bits. Raises ValueError above MAX_PIXELS.
     """
-    keys = name, [CACHE_VERSION, len(items), content]
-    place, state = (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in keys)
-    shown, folder = ascii(os.path.basename(name))[1:-1], Path(root, "cache")
-    stem = f"{re.sub('[^A-Za-z0-9]+', '-', shown)[:40]}-{place}-{image_size}x"
+    image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG need not be decoded much larger than this
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
+    image.load()
+    orientation, profile = 1, image.info.get("icc_profile")
+    with suppress(Exception):  # where EXIF cannot be read, the picture is upright
+        orientation = image.getexif().get(0x0112)
+    if image.mode[0] in "IF":  # scaled here, because Pillow's own conversion clips at 255
+        black, white = levels
+        grey = np.nan_to_num(np.asarray(image, np.float32), nan=black).clip(black, white) - black
+        image = Image.fromarray((grey * (255 / (white - black or 1))).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    image = ImageOps.fit(_to_srgb(image, profile), (image_size, image_size))
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
+    if image.mode in ("LA", "RGBA"):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("L" if channels == 1 else "RGB")
+    return np.ascontiguousarray(np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1))
 
-    def mapped(how: str) -> Tensor | None:
-        for number in [channels] if channels else [1, 3]:
-            file = folder / f"{stem}{number}-{state}.u8"
-            with suppress(Exception), open(file, "rb") as opened:  # not there, or damaged
-                notes = json.loads(file.with_suffix(".json").read_text())
-                images = torch.frombuffer(mmap.mmap(opened.fileno(), 0, **COPY_ON_WRITE), dtype=torch.uint8)
-                images = images.view(len(notes["checksums"]), number, image_size, image_size)
-                every, sums = 1 + images.nbytes // 2**31, []  # above 2 GB not all are checked, to start fast
-                for index in range(0, len(images), every):  # read, which is faster than through the map
-                    opened.seek(index * images[0].nbytes)
-                    sums.append(zlib.crc32(opened.read(images[0].nbytes)))
-                if sums == notes["checksums"][::every] and number == (channels or notes["own"]):
-                    told = f"{how}, {len(notes['skipped']):,} skipped{notes['remark']}{remark}"
-                    print(f"{shown}: {len(images):,} pictures {told}", file=sys.stderr)
-                    return images
-        return None
 
-    def each(task: Callable, told: str) -> Iterator[tuple]:
-        def attempt(item: int | str) -> tuple:
-            try:
-                with read(item) as image:
-                    return task(image), None
-            except Exception as error:  # Pillow raises nearly every kind, MemoryError and struct.error among them
-                return None, [item, _reason(error)]
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert a picture (L, LA, RGB, RGBA, CMYK) from its colour profile to sRGB, or leave it as it is."""
+    if profile:
+        with suppress(Exception):  # a damaged profile, one for another mode, or a Pillow without ImageCms
+            from PIL import ImageCms
+            embedded, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            colour = ImageCms.profileToProfile(image.convert(image.mode.removesuffix("A")), embedded, srgb,
+                                               outputMode="RGB")
+            if image.mode in ("LA", "RGBA"):
+                colour.putalpha(image.getchannel("A"))
+            return colour
+    return image
 
-        last, every, end = time.monotonic(), *((0.1, "\r") if sys.stderr.isatty() else (10, "\n"))
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for first in range(0, len(items), 256):  # in portions, because pool.map queues all that it is given
-                if (now := time.monotonic()) - last > every:
-                    last = now
-                    print(f"{shown}: {told} {first:,} of {len(items):,} ", end=end, file=sys.stderr)
-                yield from pool.map(attempt, items[first:first + 256])
 
-    if (images := mapped("from cache")) is not None:
+def _range_of_levels(image: Image.Image) -> tuple[float, float]:
+    """Return the smallest and the greatest grey level, counting 0. A picture of 8 bits or in colour gives 0 and 0."""
+    if image.mode[0] not in "IF" or image.width * image.height > MAX_PIXELS:
+        return 0.0, 0.0
+    values = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
+    return float(values.min(initial=0)), float(values.max(initial=0))
+
+
+class _PictureSet(NamedTuple):
+    """Pictures to decode into the cache, and how."""
+
+    name: str  # a dataset, or the path of a folder
+    content: list  # what the pictures depend on; when it changes, they are decoded again
+    items: Sequence  # one for each picture
+    image_size: int
+    channels: int  # 1 or 3, or 0 for 1 if all pixels are grey
+    root: str
+    quiet: bool
+    visit: Callable  # visit(item, task) opens a picture and returns task(picture)
+    remark: str = ""  # for the summary line
+    is_folder: bool = False
+
+    def report(self, text: str, end: str = "\n") -> None:
+        """Print a line about the set unless `quiet` is on."""
+        if not self.quiet:
+            _print_to_stderr(f"{repr(os.path.basename(self.name))[1:-1]}: {text}", end)
+
+    def cache_file(self) -> Path:
+        """Return the path of the cache file. Its name tells the set, the shape of the pictures, and the content."""
+        keys = self.name, [CACHE_VERSION, len(self.items), self.content]
+        name, content = (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in keys)
+        label = re.sub("[^A-Za-z0-9]+", "-", os.path.basename(self.name))[:40]
+        return Path(self.root, "cache", f"{label}-{name}-{self.image_size}x{self.channels or 'any'}-{content}.u8")
+
+
+def _load_through_cache(pictures: _PictureSet) -> Tensor:
+    """Map the cache file of a set into memory: uint8 [N, C, H, W]. Decode the pictures if there is none."""
+    began, images = time.monotonic(), _open_cache(pictures, "from cache")
+    if images is None:
+        _fill_cache(pictures)
+        images = _open_cache(pictures, f"decoded in {time.monotonic() - began:.0f} s")
+    if images is None:
+        raise OSError(f"cannot read {str(pictures.cache_file())!r} back, or not map it into memory")
+    return images
+
+
+def _open_cache(pictures: _PictureSet, how: str) -> Tensor | None:
+    """Map a cache file and print a summary. Return None unless its length is what its notes (.json) say."""
+    path, size = pictures.cache_file(), pictures.image_size
+    with suppress(Exception), open(path, "rb") as file:  # not there, or damaged
+        notes = json.loads(path.with_suffix(".json").read_text())
+        images = torch.frombuffer(mmap.mmap(file.fileno(), 0, **COPY_ON_WRITE), dtype=torch.uint8)
+        images = images.view(notes["count"], pictures.channels or 3, size, size)
+        images = images[:, :1] if notes["grey"] else images
+        pictures.report(f"{len(images):,} pictures {how}, {notes['remark']}{pictures.remark}")
         return images
-    with file_lock(folder / ".lock", wait=True), warnings.catch_warnings(action="ignore"):  # Pillow's, on odd metadata
-        if (images := mapped("from cache")) is not None:  # made by another process meanwhile
-            return images
-        began, own, levels, told = time.monotonic(), channels or 3, (0, 0), ""
-        if survey and (looks := [look for look, _ in each(_levels, "looked at") if look]):
-            kinds, lows, highs = zip(*looks)
-            own, levels = max(kinds), (min(lows), max(highs))
-            if any(levels):
-                told = f", grey levels above 8 bits: {levels[0]:g} to {levels[1]:g} scaled to 0 to 255"
-        number, skipped, checksums, flat = channels or own, [], [], 0
-        file = folder / f"{stem}{number}-{state}.u8"
-        with atomic_write(file) as out:
-            for array, failure in each(lambda image: to_array(image, image_size, number, levels), "decoded"):
-                if failure:
-                    skipped.append(failure)
-                    continue
-                out.write(array)
-                checksums.append(zlib.crc32(array))
-                flat += int(np.ptp(array, axis=(1, 2)).max() < 8)
-            for item, reason in skipped[:10]:
-                print(f"skipped {ascii(item)}: {reason}", file=sys.stderr)
-            if not checksums:
-                raise ValueError(f"no usable picture in {name!r} ({len(skipped):,} skipped{remark}); give {ACCEPTED}")
-        if len(skipped) > 10:
-            print(f"and {len(skipped) - 10:,} more, listed in {file.with_suffix('.json')}", file=sys.stderr)
-        told += f", {flat:,} nearly constant" if flat else ""
-        with atomic_write(file.with_suffix(".json")) as out:
-            out.write(json.dumps(dict(checksums=checksums, skipped=skipped, own=own, remark=told)).encode())
-        for old in [*folder.glob(f"{stem}{number}-*"), *folder.glob("*.tmp*")]:
-            if old.stem != file.stem:  # outdated, or left by a process that was killed
-                with suppress(OSError):
-                    old.unlink()
-        if (images := mapped(f"decoded in {time.monotonic() - began:.0f} s")) is None:
-            raise OSError(f"cannot read {ascii(str(file))} back, or not map it into memory")
-        return images
+    return None
+
+
+def _fill_cache(pictures: _PictureSet) -> None:
+    """Decode all pictures into a cache file, then write its notes. Raises OSError, or ValueError if all are bad.
+
+    Several processes may do this at once: each writes its own temporary file and then renames it.
+    """
+    path, size, channels, levels = pictures.cache_file(), pictures.image_size, pictures.channels or 3, (0.0, 0.0)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}-{time.time_ns()}.tmp")
+    count, skipped, grey, flat, dark = 0, [], not pictures.channels, 0, 0
+    with warnings.catch_warnings(action="ignore"), atomic_write(temporary) as file:  # Pillow warns of odd metadata
+        if pictures.is_folder:
+            ranges = [found for found, _ in _visit_all(pictures, _range_of_levels, "looked at") if found]
+            levels = min(low for low, _ in [levels, *ranges]), max(high for _, high in [levels, *ranges])
+        for array, reason in _visit_all(pictures, lambda image: to_array(image, size, channels, levels), "decoded"):
+            if reason:
+                skipped.append(reason)
+                continue
+            file.write(array)
+            count += 1
+            grey = grey and bool(np.ptp(array, axis=0).max() <= 3)  # profiles and codecs round
+            if np.ptp(array, axis=(1, 2)).max() < 8:
+                flat += 1
+            elif array.max() < 64:
+                dark += 1
+        for item, reason in skipped[:10]:
+            pictures.report(f"skipped {item!r}: {reason}")
+        if not count:
+            raise ValueError(f"no usable picture in {pictures.name!r} ({len(skipped):,} skipped{pictures.remark}); "
+                             f"give {ACCEPTED}")
+    if len(skipped) > 10:
+        pictures.report(f"and {len(skipped) - 10:,} more, listed in {path.with_suffix('.json')}")
+    remark = f"{len(skipped):,} skipped"
+    if any(levels):
+        remark += f", grey levels above 8 bits: {levels[0]:g} to {levels[1]:g} scaled to 0 to 255"
+    if flat:
+        remark += f", {flat:,} nearly constant"
+    if dark:
+        remark += f", {dark:,} nearly black (no value above 63), like 12 bits stored as 16"
+    with suppress(PermissionError):  # on Windows, if another process has just made the file and reads it
+        _replace(temporary, path)
+        with atomic_write(temporary) as file:
+            file.write(json.dumps(dict(count=count, grey=grey, remark=remark, skipped=skipped)).encode())
+        _replace(temporary, path.with_suffix(".json"))
+    earlier = path.parent.glob(f"{path.stem.rpartition('-')[0]}-*")  # of other content
+    for old in [*earlier, *path.parent.glob("*.tmp*")]:
+        with suppress(OSError):
+            if old.stem != path.stem and time.time() - old.stat().st_mtime > 3600:  # no other process uses it
+                old.unlink()
+
+
+def _visit_all(pictures: _PictureSet, task: Callable, done: str) -> Iterator[tuple]:
+    """Yield (task(picture), None) for all pictures in order, or (None, [item, reason]) where that fails."""
+    def attempt(item: int | str) -> tuple:
+        try:
+            return pictures.visit(item, task), None
+        except Exception as error:  # Pillow raises nearly every kind, MemoryError and struct.error among them
+            return None, [item, _reason(error)]
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for first in range(0, len(pictures.items), 256):  # in portions, because pool.map queues all that it is given
+            pictures.report(f"{done} {first:,} of {len(pictures.items):,} ", end="\r")
+            yield from pool.map(attempt, pictures.items[first:first + 256])
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] to floats in [-1, 1], laid out channels last, as convolutions are fastest."""
+    """Scale uint8 [N, C, H, W] to floats in [-1, 1], in the channels-last layout that suits convolutions."""
     return images.div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
-class Batches:
-    """Random batches [batch_size / world, C, H, W] of a uint8 dataset [N, C, H, W], normalised, on `device`.
+def reference_images(images: Tensor, count: int) -> Tensor:
+    """Choose at most `count` distinct images of uint8 [N, C, H, W], evenly spread and in order, and normalise them."""
+    count = min(count, len(images))
+    chosen = images[torch.arange(count) * (len(images) - 1) // max(1, count - 1)]
+    return normalise(torch.stack(list({image.cpu().numpy().tobytes(): image for image in chosen}.values())))
 
-    The dataset is copied to the device if it takes at most half of the free memory, and indexed there. Otherwise the
-    host fills a buffer on the device at `refill`, to be called before every step. So a step that takes a batch by
-    `batches()` (or `batches(i)` for i < `per_step`) is pure device work and can be captured in a CUDA graph. Pictures
-    are drawn with replacement. All ranks draw the same global batch and take their own share of it.
-    hflip: random horizontal flip, p = 0.5.
+
+class Batches:
+    """Random batches [batch_size, C, H, W] of a uint8 dataset [N, C, H, W], normalised, on `device`.
+
+    The dataset is copied to the device if it takes at most half of the free memory. Otherwise the host fills a buffer
+    on the device at `refill`, which is to be called before every step. So a step that takes a batch by `batches()`, or
+    `batches(i)` for i < `per_step`, can be captured in a CUDA graph. Pictures are drawn with replacement.
+    hflip: flip each picture with probability 0.5. resident: whether to copy the dataset, instead of the rule above.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, device: torch.device, hflip: bool = False, rank: int = 0,
-                 world: int = 1, per_step: int = 1, resident: bool | None = None):
+    def __init__(self, images: Tensor, batch_size: int, device: torch.device, hflip: bool = False, per_step: int = 1,
+                 resident: bool | None = None):
         if resident is None:
             resident = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-        self.batch_size, self.device, self.hflip, self.rank, self.world = batch_size, device, hflip, rank, world
+        self.batch_size, self.device, self.hflip = batch_size, device, hflip
         self.images = images.to(device) if resident else images
-        shape = (per_step, batch_size // world, *images.shape[1:])
-        self.buffer = () if resident else torch.empty(shape, dtype=torch.uint8, device=device)
+        shape = (0 if resident else per_step, batch_size, *images.shape[1:])
+        self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)
 
-    def _indices(self) -> Tensor:
-        """This rank's share of the random indices of a batch."""
-        numbers = torch.randint(len(self.images), (self.batch_size,), device=self.images.device)
-        return numbers.chunk(self.world)[self.rank]
+    def _draw(self) -> Tensor:
+        return self.images[torch.randint(len(self.images), (self.batch_size,), device=self.images.device)]
 
     def refill(self) -> None:
         """Copy the next batches into the buffer, if there is one."""
         for slot in self.buffer:
-            batch = self.images[self._indices()]
+            batch = self._draw()
             slot.copy_(batch.pin_memory() if self.device.type == "cuda" else batch, non_blocking=True)
 
     def __call__(self, number: int = 0) -> Tensor:
-        batch = self.buffer[number] if len(self.buffer) else self.images[self._indices()]
+        batch = self.buffer[number] if len(self.buffer) else self._draw()
         if self.hflip:
-            flipped = torch.rand(self.batch_size, device=self.device).chunk(self.world)[self.rank] < 0.5
+            flipped = torch.rand(self.batch_size, device=self.device) < 0.5
             batch = torch.where(flipped[:, None, None, None], batch.flip(3), batch)
         return normalise(batch)
 
 
-def augment(images: Tensor, rank: int = 0, world: int = 1, *, rotation: float = 25, shift: tuple = (0.05, 0.1),
-            shear: float = 10, zoom: tuple = (0.95, 1.2), brightness: tuple = (0.8, 1.4), gain: float = 0.4) -> Tensor:
+def augment(images: Tensor, *, rotation: float = 25, shift: tuple = (0.05, 0.1), shear: float = 10,
+            zoom: tuple = (0.95, 1.2), brightness: tuple = (0.8, 1.4), gain: float = 0.4) -> Tensor:
     """Rotate, shift, shear, zoom, brighten and tint each of the images [N, C, H, W] in [-1, 1] by random amounts.
 
-    rotation, shear: at most so many degrees either way; shift: at most these fractions of width and height either way.
+    rotation, shear: up to this many degrees either way. shift: up to these fractions of width and height either way.
     zoom: range of the factor of size. brightness: range of the factor of all channels. gain: each channel has its own
     factor, from a triangular distribution on [1 - gain, 1 + gain]. These factors act on values from 0 (black) to 1.
-    Pixels are resampled once, bilinearly; beyond the edge the picture is reflected. The random numbers are those of a
-    batch of N * world images, of which `rank` takes its share.
+    Pixels are resampled once, bilinearly. The picture is reflected at its edges.
     """
-    chance = torch.rand(len(images) * world, 6 + 2 * images.shape[1], device=images.device).chunk(world)[rank]
+    chance = torch.rand(len(images), 6 + 2 * images.shape[1], device=images.device)
     turn, lean, size, light, right, down = chance[:, :6].unbind(dim=1)
     turn, lean = ((2 * u - 1) * math.radians(most) for u, most in ((turn, rotation), (lean, shear)))
     size, light = (low + (high - low) * u for u, (low, high) in ((size, zoom), (light, brightness)))
@@ -701,17 +808,17 @@ LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Ok
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Turn floats in [-1, 1] into uint8 in [0, 255], rounded and clamped; uint8 passes through unchanged."""
+    """Scale floats in [-1, 1] to uint8 in [0, 255], rounded and clamped. Return uint8 unchanged."""
     if images.dtype == torch.uint8:
         return images
     return images.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int | None = None, zoom: int | None = None) -> None:
-    """Write images [N, C, H, W] (C is 1 or 3, values as for `to_bytes`) as one PNG, row by row with white gaps.
+    """Write images [N, C, H, W] (C is 1 or 3, values as for `to_bytes`) to one PNG, row by row with white gaps.
 
-    The grid is about square unless `columns` is given; images [R, N, C, H, W] make R rows. Each pixel becomes zoom x
-    zoom of them: by default the most, up to 4, that keep a row within 1024. Raises ValueError if there is no image.
+    The grid is about square unless `columns` is given. Images [R, N, C, H, W] make R rows. Pixels are enlarged by
+    `zoom`, by default up to 4 as long as a row fits into 1024. Raises ValueError without an image, and OSError.
     """
     from torchvision.utils import make_grid  # here, because importing torchvision doubles the start-up time
 
@@ -728,9 +835,10 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, zoom
 
 
 def save_pngs(images: Tensor, folder: str | Path, first: int = 0) -> None:
-    """Write images [N, C, H, W] (as for `save_grid`) as folder/00000.png and so on, numbered from `first`.
+    """Write images [N, C, H, W] (as for `save_grid`) to folder/00000.png and so on from `first`. Raises OSError.
 
-    Real images for an FID tool: `python -c "import common; common.save_pngs(common.load_images('faces', 32), 'real')"`
+    Write real images for an FID tool with
+    `python -c "import common; common.save_pngs(common.load_images('faces', 32), 'real')"`
     """
     arrays = to_bytes(images).cpu().permute(0, 2, 3, 1).squeeze(3).numpy()  # [N, H, W] of one channel
 
@@ -739,14 +847,15 @@ def save_pngs(images: Tensor, folder: str | Path, first: int = 0) -> None:
             Image.fromarray(arrays[i]).save(file, compress_level=1)
 
     with ThreadPoolExecutor() as pool:  # Pillow compresses outside the interpreter lock
-        list(pool.map(save, range(len(arrays))))  # list() raises what a thread raised
+        list(pool.map(save, range(len(arrays))))  # list() raises the error of a thread
 
 
 def save_gif(frames: list, path: str | Path, ms: int = 120, hold: int = 1500, limit: int = 60) -> None:
-    """Write frames (paths of pictures, or PIL images) as an endless GIF; ValueError if there is none.
+    """Write frames (paths of pictures, or PIL images) to an endless GIF.
 
-    Paths that cannot be read are skipped. Each frame shows for `ms` milliseconds and the last for `hold`. All take the
+    Paths that cannot be read are skipped. Each frame lasts `ms` milliseconds and the last one `hold`. All have the
     size of the last, reduced by a whole factor to about 512 pixels. At most `limit` are taken, from first to last.
+    Raises ValueError without a frame, and OSError.
     """
     kept = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(limit, len(frames)))]
     images = []
@@ -757,7 +866,7 @@ def save_gif(frames: list, path: str | Path, ms: int = 120, hold: int = 1500, li
         raise ValueError("a GIF needs at least one frame")
     size = images[-1].size
     factor = max(1, round(max(size) / 512))
-    # Each frame has its own palette, as colours drift in training; dithering would flicker and swell the file.
+    # Each frame has its own palette, because colours drift in training. Dithering would flicker and swell the file.
     images = [image.resize(size).reduce(factor).quantize(256, dither=Image.Dither.NONE) for image in images]
     durations = [ms] * (len(images) - 1) + [hold]
     with atomic_write(path) as file:
@@ -767,8 +876,8 @@ def save_gif(frames: list, path: str | Path, ms: int = 120, hold: int = 1500, li
 def density_picture(points: Tensor, extent: float, size: int = 200, blur: float = 0.02) -> Image.Image:
     """Draw the density of points [N, 2] over [-extent, extent]^2, y upwards, as a picture of size x size pixels.
 
-    A histogram smoothed by a Gaussian of standard deviation blur * extent. Colour follows the square root of density,
-    so that stray points show, and is darkest at the peak of each picture. Points outside are left out.
+    It is a histogram, smoothed by a Gaussian of standard deviation blur * extent. Colour follows the square root of
+    the density, so that stray points show, and is darkest at the peak. Points outside are left out.
     """
     x, y = points.detach().float().cpu().numpy().T
     counts = np.histogram2d(y, x, size, [(-extent, extent)] * 2)[0][::-1]  # leaves NaN out, too
@@ -781,7 +890,7 @@ def density_picture(points: Tensor, extent: float, size: int = 200, blur: float 
 
 
 def save_panels(panels: list[Image.Image], titles: list[str], path: str | Path) -> None:
-    """Write pictures of one size side by side, each under its title; ValueError unless there is a title for each."""
+    """Write pictures of one size side by side, each under its title. Raises OSError, or ValueError without titles."""
     (width, height), gap, head = panels[0].size, 8, 38
     strip = Image.new("RGB", (len(panels) * (width + gap) + gap, head + height + gap), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(24)
@@ -793,23 +902,32 @@ def save_panels(panels: list[Image.Image], titles: list[str], path: str | Path) 
         strip.save(file)
 
 
-def save_chart(csv_path: str | Path, path: str | Path, panels: list[tuple[str, ...]]) -> None:
-    """Draw columns of a CSV file against its column "step": a panel for each tuple of at most 6 names.
+def save_table(rows: list[dict], path: str | Path) -> None:
+    """Write rows, which all have the same keys, to a CSV file. Cells that are not finite are empty. Raises OSError."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
+    table.writeheader()
+    for row in rows:
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        table.writerow({name: value if isinstance(value, int) else f"{value:.6g}" for name, value in finite.items()})
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
 
-    There are two panels to a row. Positive values that span more than two decades have a logarithmic axis. Empty and
-    non-finite cells are skipped: the line joins the values on either side. ValueError if a column is missing.
+
+def save_chart(rows: list[dict], path: str | Path, panels: list[tuple[str, ...]]) -> None:
+    """Draw values of the rows against their "step": a panel for each tuple of at most 6 names.
+
+    There are two panels to a row. Positive values that span more than two decades have a logarithmic axis. Values that
+    are not finite are skipped: the line joins those on either side. Raises OSError, or ValueError if a name is missing.
     """
-    with open(csv_path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows, missing = list(reader), {"step", *sum(panels, ())} - set(reader.fieldnames or ())
-    if missing:
-        raise ValueError(f"{csv_path} has no column {', '.join(sorted(missing))}")
+    if rows and (missing := {"step", *sum(panels, ())} - rows[0].keys()):
+        raise ValueError(f"the rows have no {', '.join(sorted(missing))}")
     size = 1680 * min(2, len(panels)), 1000 * math.ceil(len(panels) / 2)
     chart = Image.new("RGB", size, "white")  # four times too large, because Pillow does not smooth lines itself
     for i, names in enumerate(panels):
         lines = {}
         for name in names:
-            points = np.array([(float(row["step"]), float(row[name] or "nan")) for row in rows]).reshape(-1, 2)
+            points = np.array([(row["step"], row[name]) for row in rows], float).reshape(-1, 2)
             lines[name] = points[np.isfinite(points[:, 1])]
         _draw_panel(ImageDraw.Draw(chart), i % 2 * 1680 + 248, i // 2 * 1000 + 168, lines)
     with atomic_write(path) as file:
@@ -847,15 +965,15 @@ def _draw_panel(draw: ImageDraw.ImageDraw, left: int, top: int, lines: dict[str,
         place += draw.textlength(name, font) + 152
 
 
-def _ticks(low: float, high: float, least: float) -> list[float]:
-    """Two to six round values from low to high, with steps of at least `least` between them."""
+def _ticks(low: float, high: float, smallest: float) -> list[float]:
+    """Choose two to six round values from low to high, at least `smallest` apart."""
     unit = 10.0 ** math.floor(math.log10((high - low) / 5))
-    unit = max(least, next(m * unit for m in (1, 2, 5, 10) if m * unit * 5 >= (high - low) * 0.999))
+    unit = max(smallest, next(m * unit for m in (1, 2, 5, 10) if m * unit * 5 >= (high - low) * 0.999))
     return [k * unit for k in range(math.ceil(low / unit - 1e-6), math.floor(high / unit + 1e-6) + 1)]
 
 
-def _rows(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float [N, D] and [M, D] on the device of `samples`, uint8 read as [-1, 1]; ValueError if unusable."""
+def _flatten(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
+    """Make both float [N, D] and [M, D] on the device of `samples`, uint8 as in [-1, 1]. Raises ValueError."""
     if min(len(samples), len(data)) < 1 or samples.shape[1:] != data.shape[1:]:
         raise ValueError(f"need samples and data of one shape, got {tuple(samples.shape)}, {tuple(data.shape)}")
     sides = (side.detach().to(samples.device).reshape(len(side), -1) for side in (samples, data))
@@ -863,14 +981,14 @@ def _rows(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 256, seed: int = 0) -> float:
-    """Sliced Wasserstein-1 distance between samples [N, ...] and data [M, ...] of one shape; 0 for equal sets.
+    """Sliced Wasserstein-1 distance between samples [N, ...] and data [M, ...] of one shape. Equal sets give 0.
 
     SW = mean over unit directions t of W1(t.x, t.y), where in one dimension W1 = integral over q in [0, 1] of
-    |quantile_x(q) - quantile_y(q)|, exact for any N and M (Rabin et al. 2011; Bonneel et al. 2015). Not scaled by the
-    dimension D: a shift by v gives about 0.8 |v| / sqrt(D), so for images it is in units of a pixel value on [-1, 1],
-    whatever their size. The directions depend on `seed` alone. Raises ValueError unless N, M > 0 and shapes match.
+    |quantile_x(q) - quantile_y(q)|, exact for any N and M (Rabin et al. 2011; Bonneel et al. 2015). A shift by v gives
+    about 0.8 |v| / sqrt(D) in D dimensions, so images of any size give it in units of a pixel value on [-1, 1].
+    The directions depend on `seed` alone. Raises ValueError unless N, M > 0 and the shapes match.
     """
-    x, y = _rows(samples, data)
+    x, y = _flatten(samples, data)
     directions = torch.randn(x.shape[1], projections, generator=torch.Generator().manual_seed(seed)).to(x)
     directions /= directions.norm(dim=0)
     x, y = (x @ directions).sort(dim=0).values, (y @ directions).sort(dim=0).values
@@ -881,431 +999,19 @@ def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 256, se
     return (gaps @ jumps.diff().to(x) / (n * m)).item()
 
 
-@torch.no_grad()
-def compare(samples: Tensor, data: Tensor) -> dict[str, float]:
-    """Both measures of samples against data [N, ...], the two clamped to [-1, 1], as pictures show them."""
-    samples = samples.clamp(-1, 1)
-    return dict(swd=sliced_wasserstein(samples, data), diversity=diversity_ratio(samples, data))
-
-
 def diversity_ratio(samples: Tensor, data: Tensor) -> float:
-    """Mean Euclidean distance over pairs of samples [N, ...], divided by that over pairs of data [M, ...].
+    """Mean Euclidean distance over pairs of samples [N, ...], divided by the mean over pairs of data [M, ...].
 
-    0 if all samples are one image (mode collapse), 1 if they are as varied as the data, NaN if there is one sample or
-    the data do not differ. The cost grows with N^2: a few hundred of each suffice. Raises ValueError unless N, M > 0
-    and shapes match.
+    It is 0 if all samples are one image (mode collapse), 1 if they are as varied as the data, and NaN if there is one
+    sample or the data do not differ. The cost grows with N^2: a few hundred suffice. Raises ValueError as above.
     """
-    x, y = _rows(samples, data)
+    x, y = _flatten(samples, data)
     varied = torch.pdist(y).mean().item()
     return torch.pdist(x).mean().item() / varied if varied > 0 else math.nan
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
-
-USES = ("checkpoint", "resume", "sample", "interpolate", "embed")  # flags that are not settings of a run
-MAY_CHANGE = ("steps", "data", "data_root", "device", "graph", "log_every", "sample_every", "save_every", "keep", "out")
-PLACES = ("out", "data_root")  # settings that a checkpoint does not decide: a foreign one could name any folder
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser with the flags of every run: of its data, by default `data` (`more` names other data), and the rest."""
-
-    def __init__(self, script: str, description: str, data: str, more: str = "", sizes: tuple = (16, 32, 64, 128),
-                 precision: str | None = "fp32"):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        self.script, switch = script, argparse.BooleanOptionalAction
-        add = self.add_argument_group("data").add_argument
-        add("--data", default=data, help=more + ", ".join([*NAMES, "or a folder of pictures"]))
-        add("--data-root", default="data", help="folder for downloads and the picture cache")
-        add("--image-size", type=int, choices=sizes, default=32, help="height and width in pixels")
-        add("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB; default: what the data have")
-        add("--hflip", action=switch, default=False, help="random horizontal flip, p = 0.5")
-        if precision:
-            add("--precision", choices=("auto", "fp32", "bf16"), default=precision,
-                help="number format of the networks; auto: bf16 where the hardware supports it")
-        add = self.add_argument_group("run").add_argument
-        add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, batches and noise")
-        add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-        add("--graph", action=switch, default=True, help="on a GPU, replay the training step as a CUDA graph")
-        add("--log-every", type=number(int, 1), default=100, help="steps between rows of metrics.csv")
-        add("--sample-every", type=number(int, 1), default=100, help="steps between sample pictures")
-        add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
-        add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
-        add("--out", help=f"folder to write to; default: the next free one, e.g. runs/{script}-001")
-        add("--init-from", metavar="FILE", help="begin a new run with the networks of this checkpoint")
-        add("--checkpoint", metavar="FILE", help="for --resume, --sample, ...; default: the newest run's")
-        self.use = self.add_mutually_exclusive_group().add_argument
-        self.use("--resume", action="store_true", help="continue the newest run, or that of --out or --checkpoint")
-        self.use("--sample", type=number(int, 1), metavar="N", help="skip training and write N samples")
-
-    def settings(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """The checked command line; with --resume the run's saved settings, of which only MAY_CHANGE can differ."""
-        args = self.parse_args(argv)
-        if not args.resume:
-            return args
-        path, saved = args.checkpoint, self.load_checkpoint(args.checkpoint)["config"]
-        kept = {name: value for name, value in saved.items() if name not in PLACES}
-        args = self.parse_args(argv, argparse.Namespace(**kept))
-        args.checkpoint, args.out = path, os.path.dirname(path) or "."
-        for name, value in saved.items():
-            new = getattr(args, name)
-            if name == "steps" and new < value or name not in MAY_CHANGE and new != value:
-                self.error(f"argument --{name.replace('_', '-')}: the run has {value} and cannot continue with {new}")
-        return args
-
-    def parse_args(self, argv: Sequence[str] | None, namespace: object = None) -> argparse.Namespace:
-        """The flags, checked for contradictions, with the checkpoint that they use. Raises ValueError, OSError."""
-        args = super().parse_args(argv, namespace)
-        for name, value in vars(args).items():
-            if value == "":
-                self.error(f"argument --{name.replace('_', '-')}: must not be empty")
-        used = any(getattr(args, name, None) for name in USES[1:])
-        if args.checkpoint and not used:
-            self.error("argument --checkpoint: only allowed with --resume, --sample or another use of a checkpoint")
-        if args.init_from and used and not args.resume:
-            self.error("argument --init-from: begins a new run; --checkpoint names the one to use")
-        if args.resume and args.checkpoint and args.out:
-            self.error("argument --out: a run resumes in the folder of its --checkpoint")
-        if args.resume and args.out:
-            args.checkpoint = os.path.join(args.out, "checkpoint.pt")
-        elif args.out and os.path.lexists(args.out):
-            if not os.path.isdir(args.out) or any(name[0] != "." for name in os.listdir(args.out)):
-                self.error(f"argument --out: {args.out} is not empty; name a new folder, or --resume the run in it")
-        if used and not args.checkpoint:
-            pattern = f"runs/{self.script}-*/checkpoint.pt"
-            newest = max(Path().glob(pattern), key=os.path.getmtime, default=None)
-            if newest is None:
-                raise FileNotFoundError(f"no {pattern} in {os.getcwd()!r}; name a file by --checkpoint")
-            args.checkpoint = str(newest)
-        return args
-
-    def load_checkpoint(self, path: str | Path) -> dict:
-        """A checkpoint of this script, on the CPU, its settings checked. No code in it is run. OSError, ValueError."""
-        if not os.path.isfile(path):  # to open a pipe would be to wait for ever
-            raise FileNotFoundError(f"no checkpoint {str(path)!r}")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch.load does not compare checksums
-                    raise ValueError(f"{damaged} has a wrong checksum")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            if content.keys() != {"script", "config", "state"} or not isinstance(content["state"], dict):
-                raise ValueError("it is not of a run")
-            if content["script"] != self.script:
-                raise ValueError(f"it is one of {content['script']}.py")
-            self._check_saved(content["config"])
-        except Exception as error:  # whatever a damaged file makes them raise, OSError among it
-            raise ValueError(f"{str(path)!r} is not a checkpoint of {self.script}.py ({_reason(error)})") from error
-        return content
-
-    def _check_saved(self, config: dict) -> None:
-        """Raises an exception unless these are all the settings of a run, of types and values that the flags accept."""
-        known = vars(self.parse_args([])).keys() - USES
-        if config.keys() != known:
-            raise ValueError("settings are missing or not known")
-        for name in sorted(known - {*PLACES}):
-            flag, value = name.replace("_", "-"), config[name]
-            if name == "init_from" and value is None:  # a run has decided all others
-                continue
-            if isinstance(value, bool):
-                words = [f"--{flag}" if value else f"--no-{flag}"]
-            else:
-                words = [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}={value}"]
-            accepted = getattr(self.parse_args(words), name)
-            if type(accepted) is not type(value) or accepted != value:
-                raise ValueError(f"{name} is {type(value).__name__}")
-
-    def format_help(self) -> str:
-        """With the defaults that there are."""
-        return re.sub(r"\s+\(default:\s+None\)", "", super().format_help())
-
-    def error(self, message: str) -> NoReturn:
-        """Raises ValueError, where argparse would print its usage and exit."""
-        raise ValueError(message)
-
-
-def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
-    """An argparse type: an int or a float from low to high."""
-
-    def parse(text: str) -> float:
-        with suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} from {low:g} to {high:g}")
-
-    return parse
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16, and so faster than in fp32."""
-    if device.type == "cpu":
-        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def next_folder(stem: str | Path) -> Path:
-    """Make the first of stem-001, stem-002, ... that is not there yet."""
-    Path(stem).parent.mkdir(parents=True, exist_ok=True)
-    for count in itertools.count(1):
-        with suppress(FileExistsError):
-            folder = Path(f"{stem}-{count:03d}")
-            folder.mkdir()
-            return folder
-
-
-@contextmanager
-def stop_requests(at_once: bool = False) -> Iterator[list[int]]:
-    """Collect Ctrl-C, SIGTERM and SIGHUP in the list it yields, to be looked at after each step; the first is answered.
-
-    With `at_once` they raise KeyboardInterrupt instead. Nothing is collected in a thread: Python allows no handlers.
-    """
-    requests, former, kinds = [], {}, [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
-        kinds.append(signal.SIGHUP)
-
-    def note(kind: int, _: object) -> None:
-        if at_once:
-            raise KeyboardInterrupt
-        if not requests:
-            with suppress(OSError):  # the terminal may be gone
-                os.write(2, b"stopping after this step\n")
-        requests.append(kind)
-
-    with suppress(ValueError):  # in a thread
-        former = {kind: signal.signal(kind, note) for kind in kinds}
-    try:
-        yield requests
-    finally:
-        for kind, handler in former.items():
-            signal.signal(kind, handler)
-
-
-@contextmanager
-def one_line_errors(script: str) -> Iterator[None]:
-    """Exit with one line where the body fails for a reason that a user can cause or meet, or is interrupted."""
-    try:
-        with stop_requests(at_once=True):
-            yield
-    except KeyboardInterrupt as stop:
-        sys.exit(f"{script}.py: {str(stop) or 'interrupted'}")
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{script}.py: error: {error}".replace("\n", " "))
-    except (MemoryError, RuntimeError) as error:
-        if "closed by peer" in str(error) or "reset by peer" in str(error):
-            sys.exit(f"{script}.py: error: another rank has ended")
-        signs = "out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED", "Storage size calculation overflowed"
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
-            raise
-        sys.exit(f"{script}.py: error: out of memory; lower --batch-size, --image-size or the width of the networks")
-
-
-@contextmanager
-def only_warn(what: str) -> Iterator[None]:
-    """Turn an error into a warning: what is only looked at never stops a run."""
-    try:
-        yield
-    except Exception as error:
-        print(f"warning: {what}: {_reason(error)}", file=sys.stderr, flush=True)
-
-
-def adam(parameters: list[torch.nn.Parameter], lr: float | Tensor, betas: Sequence[float]) -> torch.optim.Adam:
-    """Adam whose moments exist from the start, so that all checkpoints hold the same tensors."""
-    device = parameters[0].device
-    optimizer = torch.optim.Adam(parameters, lr, tuple(betas), fused=True, capturable=device.type == "cuda")
-    for p in parameters:
-        step = torch.zeros((), device=device, dtype=torch.float32)
-        optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    return optimizer
-
-
-def tensors(item: object, name: str) -> dict[str, Tensor]:
-    """All tensors of nested dicts, by their paths, which begin with `name`. Raises ValueError for anything else."""
-    if isinstance(item, Tensor):
-        return {name: item}
-    if not isinstance(item, dict):
-        raise ValueError(f"{name} is {type(item).__name__}, not a tensor")
-    return {path: leaf for key, part in item.items() for path, leaf in tensors(part, f"{name}.{key}").items()}
-
-
-def random_state() -> Tensor:
-    """The state of the random number generators of the CPU and, in the last 16 bytes, of the GPU: uint8."""
-    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.zeros(16, dtype=torch.uint8)
-    return torch.cat([torch.get_rng_state(), gpu])
-
-
 @torch.no_grad()
-def fill(state: dict, saved: dict, path: str | Path) -> None:
-    """Copy tensors of a checkpoint into those of `state`, in place: all, or none and a ValueError.
-
-    Both are nested dicts, of which `saved` may have more at the top. The keys, shapes and dtypes must be the same,
-    numbers finite, integers positive or 0. A tensor "rng" goes to the random number generators too. `path` is the
-    checkpoint's, for messages.
-    """
-    saved = {name: saved[name] for name in state if name in saved}
-    own, found = tensors(state, str(path)), tensors(saved, str(path))
-    if other := own.keys() ^ found.keys():
-        raise ValueError(f"{min(other)} is missing or not known")
-    for name, tensor in own.items():
-        new = found[name]
-        if (new.shape, new.dtype, new.layout, new.is_cpu) != (tensor.shape, tensor.dtype, torch.strided, True):
-            expected = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{name} is {new.dtype} {list(new.shape)}; accepted here is {expected}")
-        if not (new.isfinite().all() and (new.is_floating_point() or (new >= 0).all())):
-            raise ValueError(f"{name} has impossible values")
-    if "rng" in state:
-        try:
-            torch.set_rng_state(saved["rng"][:-16].clone())
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state(saved["rng"][-16:].clone())
-        except RuntimeError as error:
-            raise ValueError(f"{path}.rng is not the state of a random number generator") from error
-    for name, tensor in own.items():
-        tensor.copy_(found[name])
-
-
-def collapse(rows: Sequence[dict[str, float]]) -> str | None:
-    """The sign of a collapse in the rows of metrics.csv, the newest last, and what may help; or None."""
-    *past, row = rows
-    if row.get("diversity", 1) < 0.3 and (row["step"] >= 300 or any(r["diversity"] > 0.5 for r in past)):
-        return "the samples are becoming one image; begin again with a lower --lr, --init-from an earlier checkpoint"
-    if big := [name for name, value in row.items() if name != "step" and abs(value) > 1e6]:
-        return f"{big[0]} explodes; begin again with a lower --lr, --init-from an earlier checkpoint"
-    return None
-
-
-class Record:
-    """What a run leaves in its folder: checkpoints, config.json, metrics.csv, pictures; and its line on the screen.
-
-    `state` belongs in the run's checkpoints: the step, the sums of the metrics since the step of the last row, the
-    random numbers, and how many images there are with a checksum of 256 of them. While a record is open, no other
-    process can write to the folder. With `writes` off, as on other ranks than 0, it only counts. Raises OSError.
-    """
-
-    def __init__(self, script: str, settings: dict, metrics: Sequence[str], device: torch.device,
-                 images: Tensor, writes: bool = True):
-        self.script, self.metrics, self.writes, self.lock = script, metrics, writes, ExitStack()
-        self.config = {name: value for name, value in settings.items() if name not in USES}
-        self.images = torch.tensor([len(images), zlib.crc32(spread(images, 256).numpy().tobytes())])
-        self.state = {"step": torch.tensor(0), "logged": torch.tensor(0), "rng": random_state(),
-                      "totals": torch.zeros(len(metrics), device=device), "images": self.images.clone()}
-        self.rows, self.warning, self.earlier = deque(maxlen=200), None, None
-
-    def __enter__(self) -> "Record":
-        if not self.state["logged"] <= self.state["step"] <= self.config["steps"]:
-            raise ValueError(f"the checkpoint is of step {self.state['step']} of {self.config['steps']}")
-        self.first, self.began, self.told = int(self.state["step"]), time.monotonic(), time.monotonic()
-        if self.writes:
-            self.config["out"] = self.config["out"] or str(next_folder(f"runs/{self.script}"))
-            self.lock.enter_context(file_lock(Path(self.config["out"], ".lock"), wait=False))
-            for leftover in Path(self.config["out"]).glob(".*.tmp.*"):  # of a process that was killed
-                leftover.unlink()
-            print(f"{self.script}: {self.config['out']}, step {self.first} to {self.config['steps']}", flush=True)
-            if not torch.equal(self.images, self.state["images"]):
-                self.warn(f"the data have changed: {self.images[0]:,} pictures now, {self.state['images'][0]:,} before")
-        self.folder = Path(self.config["out"] or "")
-        self.state["images"].copy_(self.images)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.writes and sys.stdout.isatty():
-            print()  # ends the line that was kept up to date
-        self.lock.close()
-
-    def add(self, step: int, values: Tensor) -> None:
-        """Count a step and its metrics, and keep the line on a terminal up to date."""
-        self.state["step"].fill_(step)
-        self.state["totals"] += values
-        if self.writes and sys.stdout.isatty() and time.monotonic() - self.told > 0.5:
-            self._tell()
-
-    def row(self, watched: dict[str, float]) -> None:
-        """Add a row to metrics.csv: means since the last row, and what is `watched`, where NaN makes an empty cell.
-
-        Raises FloatingPointError unless the means are finite.
-        """
-        means = self._tell()
-        self._refuse([f"{name} {value:g}" for name, value in means.items() if not math.isfinite(value)])
-        step, values = int(self.state["step"]), means | watched
-        if self.earlier is None:
-            lines, self.earlier = self._earlier_rows(",".join(["step", *values, "seconds"]) + "\n")
-            with atomic_write(self.folder / "metrics.csv") as file:
-                file.write("".join(lines).encode())
-        cells = [f"{value:.6g}" if math.isfinite(value) else "" for value in values.values()]
-        with open(self.folder / "metrics.csv", "a") as file:
-            print(step, *cells, f"{self.earlier + time.monotonic() - self.began:.1f}", sep=",", file=file)
-        self.state["totals"].zero_()
-        self.state["logged"].fill_(step)
-        self.rows.append({"step": step} | values)
-
-    def _earlier_rows(self, header: str) -> tuple[list[str], float]:
-        """The lines of metrics.csv up to the first step, and their seconds. A table that is not ours is set aside."""
-        table = self.folder / "metrics.csv"
-        with only_warn(f"{table} is now metrics-unreadable.csv"):
-            found, *rows = table.read_text("utf-8-sig").splitlines(True) if table.exists() else [header]
-            if found != header:
-                raise ValueError("it has other columns")
-            whole = [row for row in rows if row[-1] == "\n" and row.count(",") == header.count(",")]
-            kept = [row for row in whole if int(row.partition(",")[0]) <= self.first]
-            return [header, *kept], float(kept[-1].rpartition(",")[2]) if kept else 0.0
-        os.replace(table, table.with_name("metrics-unreadable.csv"))
-        return [header], 0.0
-
-    def _tell(self) -> dict[str, float]:
-        """Print the step, the pace, the time left and the means of the metrics since the last row; return the means."""
-        step, steps, self.told = int(self.state["step"]), self.config["steps"], time.monotonic()
-        means = dict(zip(self.metrics, (self.state["totals"] / (step - self.state["logged"])).tolist()))
-        pace = (step - self.first) / (self.told - self.began)
-        line = "  ".join([f"{step}/{steps}", f"{pace:.1f} steps/s", f"{(steps - step) / pace:.0f} s left",
-                          *(f"{name} {value:.4g}" for name, value in means.items())])
-        if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - 1
-            line = f"\r{line[:width]:<{width}}"
-        with suppress(OSError):  # the terminal, or the program that reads, may be gone
-            print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
-        return means
-
-    def warn(self, message: str | None) -> None:
-        """Print a warning, once until it changes."""
-        if message and message != self.warning:
-            print(f"{self.script}: warning: {message}", file=sys.stderr, flush=True)
-        self.warning = message
-
-    def save(self, state: dict) -> None:
-        """Write checkpoint.pt, with "keep" also a numbered copy. FloatingPointError unless all of it is finite."""
-        self.state["rng"].copy_(random_state())
-        self._refuse([name for name, tensor in tensors(state, "state").items() if not tensor.isfinite().all()])
-        step = int(self.state["step"])
-        names = [f"checkpoint-{step:06d}.pt", "checkpoint.pt"] if self.config["keep"] else ["checkpoint.pt"]
-        for name in names if step else reversed(names):  # so a kill in between loses neither the run nor a copy
-            with atomic_write(self.folder / name) as file:
-                torch.save({"script": self.script, "config": self.config, "state": state}, file)
-        with atomic_write(self.folder / "config.json") as file:
-            file.write(json.dumps(self.config, indent=1).encode())
-
-    def _refuse(self, bad: list[str]) -> None:
-        """FloatingPointError, with what to try, if there is anything bad."""
-        if bad:
-            raise FloatingPointError(
-                f"step {int(self.state['step'])}: not finite: {', '.join(bad[:5])}; the last good checkpoint is "
-                f"{self.folder / 'checkpoint.pt'}: continue from it with --init-from and a lower --lr")
-
-    def show(self, pictures: dict[str, Tensor | Image.Image], real: Tensor | Image.Image,
-             panels: list[tuple[str, ...]]) -> None:
-        """Write NAME/STEP.png for each of `pictures`; first samples/real.png, later curves.png, last training.gif."""
-        step = int(self.state["step"])
-        files = {f"{name}/{step:06d}.png": picture for name, picture in pictures.items()}
-        with only_warn(f"pictures of step {step}"):
-            for name, picture in (files if step else files | {"samples/real.png": real}).items():
-                if isinstance(picture, Tensor):
-                    save_grid(picture, self.folder / name, columns=16 if "reconstructions" in name else 8)
-                else:
-                    with atomic_write(self.folder / name) as file:
-                        picture.save(file)
-            if step:
-                save_chart(self.folder / "metrics.csv", self.folder / "curves.png", panels)
-            if step == self.config["steps"]:
-                save_gif(self.frames(), self.folder / "training.gif")
-
-    def frames(self) -> list[Path]:
-        """The sample pictures so far, in the order of their steps."""
-        found = {int(path.stem): path for path in self.folder.glob("samples/*.png") if path.stem.isdecimal()}
-        return [found[step] for step in sorted(found) if step <= self.state["step"]]
+def compare(samples: Tensor, data: Tensor) -> dict[str, float]:
+    """Return both measures of samples, clamped to [-1, 1] as pictures show them, against data [N, ...]."""
+    samples = samples.clamp(-1, 1)
+    return dict(swd=sliced_wasserstein(samples, data), diversity=diversity_ratio(samples, data))

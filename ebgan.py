@@ -1,37 +1,39 @@
 """EBGAN: Energy-Based Generative Adversarial Networks (Zhao, Mathieu and LeCun, 2016, arXiv:1609.03126).
 
-The discriminator D is an auto-encoder, and its reconstruction error is the energy of an image. D learns low energy for
-real images x and energy up to a margin m for generated ones G(z); the generator G learns to make images of low energy.
-The pull-away term f_PT keeps the codes S = Enc(G(z)) of a batch apart, and so the images varied (EBGAN-PT):
+The discriminator D is an autoencoder, and its reconstruction error is the energy of an image. D learns to give real
+images x a low energy, and to raise the energy of generated images G(z) up to a margin m. The generator G learns to make
+images of low energy. The pull-away term f_PT keeps the codes S = Enc(G(z)) of a batch apart, so that images vary:
 
-    D(v)    = ||Dec(Enc(v)) - v||                              energy: L2 norm over the pixels, in [-1, 1], per image
-    L_D     = D(x) + [m - D(G(z))]^+                           per image, then the mean; tends to m at the equilibrium
-    L_G     = D(G(z)) + w f_PT(S)
-    f_PT(S) = 1 / (N (N - 1)) sum_i sum_{j != i} cos(S_i, S_j)^2
+    D(v)    = ||Dec(Enc(v)) - v||                                    the energy of one image v, an L2 norm over pixels
+    L_D     = D(x) + [m - D(G(z))]^+                                 the loss of D, averaged over the batch
+    L_G     = D(G(z)) + w f_PT(S)                                    the loss of G, averaged over the batch
+    f_PT(S) = 1 / (N (N - 1)) sum_i sum_{j != i} cos(S_i, S_j)^2     mean over the pairs of N codes
 
-    python ebgan.py --margin 8                                     # procedural digits, 32x32
+    python ebgan.py --margin 8                                     # drawn digits, 32x32
     python ebgan.py --data photos --image-size 64                  # a folder of your own pictures
     python ebgan.py --resume                                       # continue the newest run
-    python ebgan.py --sample 1000; python ebgan.py --interpolate 8 # use the trained generator
-    python ebgan.py --data mnist --margin 16 --d-width 2 --d-steps 5       # a narrow D, updated more often than G
-    python ebgan.py --data celeba --image-size 64 --layers paper --g-width 1024 --d-width 64 --latent 100 --margin 20 \\
-        --pt-weight 0.1 --lr 2e-4 --betas 0.5 0.999 --steps 200000         # the paper's settings; Adam's are DCGAN's
-    torchrun --nproc_per_node 8 ebgan.py --data celeba --image-size 64 --layers paper --g-width 1024 --d-width 64 \\
-        --latent 100 --batch-size 512 --steps 50000                        # the paper's networks, 64 images per GPU
+    python ebgan.py --init-from runs/ebgan-001 --data photos       # start a new run from the weights of another
+    python ebgan.py --sample 1000; python ebgan.py --interpolate 8 # use the generator of the newest run
+    python ebgan.py --data mnist --margin 16 --d-width 2 --d-steps 5 # a narrow D, updated more often than G
+    torchrun --nproc_per_node 2 ebgan.py --data celeba --image-size 64 --layers paper --g-width 1024 --d-width 64 \\
+        --latent 100 --batch-size 128 --margin 20 --pt-weight 0.1 --lr 2e-4 --betas 0.5 0.999 \\
+        --steps 100000                                             # the paper's settings, 64 images per GPU
 
-Measured: on 5,000 MNIST digits 0.74 times the Frechet distance of 500 held-out ones, precision 0.75, recall 0.76
-(tests/judge.py), after the default 5,000 steps, 8.3 minutes on two threads of an AMD EPYC; all 1,000 stacked digits.
+Measured: with the default flags and 5,000 MNIST digits, samples have 0.74 times the Frechet distance of 500 held-out
+digits, precision 0.75 and recall 0.76. The run took 8.3 minutes on two threads of an AMD EPYC.
 """
 
 import argparse
-import contextlib
 import copy
 import datetime
 import itertools
 import math
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,7 +43,9 @@ from torch import Tensor, nn
 
 import common
 
-SCRIPT = "ebgan"  # checkpoints carry this name, whatever the file is called
+SCRIPT = "ebgan"  # the name that checkpoints carry, whatever this file is called
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts this many processes, its ranks
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # which of them this one is
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -60,9 +64,9 @@ class UpConv(nn.Conv2d):
 
 
 def decoder(widths: list[int], channels: int, layers: str, norm: type[nn.Module]) -> nn.Sequential:
-    """Feature maps of widths[0] channels to images; every layer doubles the size. No batch norm after the last."""
+    """Feature maps of widths[0] channels to images. Every layer doubles the size, and the last has no batch norm."""
     if layers not in ("fused", "paper"):
-        raise ValueError(f"no such layers: {layers!r}; accepted: fused, paper")
+        raise ValueError(f"layers must be 'fused' or 'paper', not {layers!r}")
     blocks = []
     for inputs, outputs in itertools.pairwise([*widths, channels]):
         up = UpConv(inputs, outputs) if layers == "fused" else nn.ConvTranspose2d(inputs, outputs, 4, 2, 1)
@@ -71,10 +75,10 @@ def decoder(widths: list[int], channels: int, layers: str, norm: type[nn.Module]
 
 
 class Generator(nn.Module):
-    """Latent [N, latent] to images [N, channels, size, size] in (-1, 1).
+    """Latent [N, latent] to images [N, channels, size, size] in [-1, 1].
 
-    A linear layer to [N, width, 4, 4] (the paper's transposed convolution from 1x1), then half as many channels at
-    every doubling of the size; with width 1024 at 64x64 the paper's 1024-512-256-128.
+    A linear layer, which is the paper's transposed convolution of a single pixel, makes [N, width, 4, 4]. Every
+    following layer doubles the size and halves the channels. Width 1024 at 64x64 is the paper's 1024-512-256-128.
     """
 
     def __init__(self, latent: int, width: int, size: int, channels: int, layers: str, norm: type[nn.Module]):
@@ -90,10 +94,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Auto-encoder: images [N, channels, size, size] to their reconstructions and codes [N, ...].
+    """Autoencoder: images [N, channels, size, size] to their reconstructions and their codes [N, ...].
 
-    Every layer halves the size and doubles the channels, down to 8x8 (4x4 from 32x32, 2x2 from 16x16); with width 64
-    at 64x64 the paper's 64-128-256. The code is linear, or with ``layers`` "paper" the last feature maps.
+    Every layer halves the size and doubles the channels, at least three times and down to 8x8. Width 64 at 64x64 is
+    the paper's 64-128-256. A linear layer makes the code. With ``layers`` "paper" the last feature maps are the code.
     """
 
     def __init__(self, code: int, width: int, size: int, channels: int, layers: str, norm: type[nn.Module]):
@@ -119,58 +123,55 @@ class Discriminator(nn.Module):
 
 
 def energy(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """D(v) = ||Dec(Enc(v)) - v||, one L2 norm per image: two tensors of one shape [N, ...] to energies [N] (eq. 1)."""
+    """D(v) = ||Dec(Enc(v)) - v|| (eq. 1): two tensors [N, ...] to energies [N]. Raises ValueError if shapes differ."""
     if images.shape != reconstructions.shape or images.ndim < 2:
         raise ValueError(f"not of one shape [N, ...]: {tuple(images.shape)} and {tuple(reconstructions.shape)}")
     return (reconstructions - images).flatten(1).norm(dim=1)
 
 
 def discriminator_loss(real_energy: Tensor, fake_energy: Tensor, margin: float) -> Tensor:
-    """L_D = D(x) + [m - D(G(z))]^+, the hinge on every energy by itself, then the means: a scalar (eq. 1)."""
+    """L_D = D(x) + [m - D(G(z))]^+ (eq. 1), the mean over energies [N]: a scalar. Each image has its own hinge."""
     return real_energy.mean() + (margin - fake_energy).relu().mean()
 
 
 def pull_away_term(codes: Tensor) -> Tensor:
-    """f_PT, the mean of cos(S_i, S_j)^2 over the pairs i != j of N > 1 codes [N, ...]: a scalar from 0 to 1 (eq. 4)."""
+    """f_PT, the mean of cos(S_i, S_j)^2 over all pairs i != j (eq. 4): N > 1 codes [N, ...] to a scalar from 0 to 1."""
     if codes.ndim < 2 or len(codes) < 2:
         raise ValueError(f"not codes [N, ...] with N > 1: {tuple(codes.shape)}")
-    directions = F.normalize(codes.flatten(1), dim=1)
+    codes = codes.flatten(1).to(torch.promote_types(codes.dtype, torch.float32))  # in fp16 the sum would overflow
+    directions = F.normalize(codes, dim=1)
     squares = (directions @ directions.T).square()
     return (squares.sum() - squares.trace()) / (len(codes) * (len(codes) - 1))
 
 
 def generator_loss(fake_energy: Tensor, codes: Tensor, pt_weight: float) -> Tensor:
-    """L_G = D(G(z)) + w f_PT(S), from energies and codes [N, ...] of generated images: a scalar (eq. 2)."""
+    """L_G = D(G(z)) + w f_PT(S) (eq. 2), from energies [N] and codes [N, ...] of generated images: a scalar."""
     return fake_energy.mean() + pt_weight * pull_away_term(codes)
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, network: nn.Module, updates: Tensor, decay: float) -> None:
-    """Move the averaged network: ema <- d ema + (1 - d) network, buffers too, with d = min(decay, t / (t + 9)).
+def update_ema(average: nn.Module, network: nn.Module, weight: Tensor | float) -> None:
+    """Move an averaged network, buffers included, towards the network: average += weight (network - average).
 
-    t is the scalar ``updates``, counted from 0. So d warms up, and the average soon forgets the initial weights.
+    Raises ValueError if the average is in half precision, where small moves are rounded away, or of another depth.
     """
-    weight = (9 / (updates + 9)).clamp(min=1 - decay)
-    averages, values = (itertools.chain(n.parameters(), n.buffers()) for n in (ema, network))
-    for average, value in zip(averages, values):
-        average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
-
-
-def collapse(rows: Sequence[dict[str, float]]) -> str | None:
-    """What the rows of metrics.csv, the newest last, show of a failing D, and what may help; or None."""
-    *past, row = rows
-    begun = row["step"] >= 300 or any(r["energy_fake"] > r["energy_real"] for r in past)  # a run may begin like that
-    if begun and row["energy_fake"] < 0.8 * row["energy_real"]:
-        return "D reconstructs samples better than real images; try a --margin above D(x) or a lower --lr"
-    if past and all(row[name] > 2 * min(r[name] for r in past) for name in ("energy_real", "energy_fake")):
-        return "D no longer reconstructs anything, both energies have doubled; try a lower --margin or a lower --lr"
-    return None
+    pairs = list(zip(average.parameters(), network.parameters(), strict=True))
+    pairs += zip(average.buffers(), network.buffers(), strict=True)
+    for mean, value in pairs:
+        if mean.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"the average is {mean.dtype}; keep it in torch.float32")
+        if mean.is_floating_point():
+            mean.lerp_(value.to(mean.dtype), weight)
+        else:
+            mean.copy_(value)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 METRICS = ("energy_real", "energy_fake", "loss_d", "loss_g", "pull_away")  # D(x), D(G(z)), L_D, L_G, f_PT
 PANELS = [("energy_real", "energy_fake"), ("loss_d", "loss_g"), ("pull_away",), ("swd", "diversity")]
+# The saved weights depend on these flags:
+NETWORK_FLAGS = ("image_size", "channels", "layers", "g_width", "d_width", "latent", "code", "batch_norm")
 
 
 def uniform(count: int, latent: int, device: torch.device | str = "cpu") -> Tensor:
@@ -178,144 +179,299 @@ def uniform(count: int, latent: int, device: torch.device | str = "cpu") -> Tens
     return torch.rand(count, latent, device=device) * 2 - 1
 
 
-def build(network: type[nn.Module], config: dict) -> nn.Module:
-    """The Generator or Discriminator of these settings, in the memory layout in which convolutions are fastest."""
-    vector, width = ("latent", "g_width") if network is Generator else ("code", "d_width")
-    shape = (config[vector], config[width], config["image_size"], config["channels"])
-    built = network(*shape, config["layers"], nn.BatchNorm2d if config["batch_norm"] else nn.Identity)
+def build(network: type[nn.Module], settings: dict) -> nn.Module:
+    """Make the Generator or the Discriminator, in the memory layout in which convolutions are fastest."""
+    if network is Generator:
+        vector, width = settings["latent"], settings["g_width"]
+    else:
+        vector, width = settings["code"], settings["d_width"]
+    norm = nn.BatchNorm2d if settings["batch_norm"] else nn.Identity
+    built = network(vector, width, settings["image_size"], settings["channels"], settings["layers"], norm)
     return built.to(memory_format=torch.channels_last)
 
 
-def gathered(codes: Tensor) -> Tensor:
-    """All ranks' codes. Gradients reach this rank's alone, times WORLD, so that the ranks' mean is one process's."""
-    if WORLD == 1:
-        return codes
-    values = codes.detach().flatten(1).contiguous()
-    parts = [torch.empty_like(values) for _ in range(WORLD)]
-    dist.all_gather(parts, values)
-    parts[RANK] = values + WORLD * (codes.flatten(1) - values)
-    return torch.cat(parts)
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16, and so faster than in fp32."""
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def train(args: argparse.Namespace) -> Path:
-    """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
-    if len(args.lr) > 2:
-        raise ValueError(f"argument --lr: {len(args.lr)} rates; accepted: one, or that of G and that of D")
+    """Train up to step --steps, from the start or from a checkpoint. Returns the run's folder."""
     device = start(args)
-    source = args.checkpoint if args.resume else args.init_from
-    saved = from_rank_0(parser().load_checkpoint, source)["state"] if source else {}
-    images = common.load_images(args.data, args.image_size, args.channels, args.data_root)
-    batches = common.Batches(images, args.batch_size, device, args.hflip, RANK, WORLD, per_step=args.d_steps)
+    fixed_z = uniform(256, args.latent).to(device)  # the same z in all sample pictures
+    if RANK > 0:
+        dist.barrier()  # rank 0 decodes the pictures first, and the others find them in the cache
+    images = common.load_images(args.data, args.image_size, args.channels, args.data_root, quiet=RANK > 0)
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
     args.channels = images.shape[1]
-    args.margin = math.sqrt(images[0].numel()) / 4 if args.margin is None else args.margin
-    generator, discriminator = build(Generator, vars(args)).to(device), build(Discriminator, vars(args)).to(device)
-    if WORLD > 1 and device.type == "cuda":  # on CPUs, which have no such layer, every rank normalises its own share
-        generator, discriminator = map(nn.SyncBatchNorm.convert_sync_batchnorm, (generator, discriminator))
-    ema = copy.deepcopy(generator).eval().requires_grad_(False)  # its samples are the ones shown, measured and saved
+    args.margin = args.margin or math.sqrt(images[0].numel()) / 4
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(device) else "fp32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    batch_size = args.batch_size // WORLD  # this rank's share
+    batches = common.Batches(images, batch_size, device, args.hflip, per_step=args.d_steps)
+    reference = common.reference_images(images, 256).to(device)  # real images to compare samples with
+
+    generator = build(Generator, vars(args)).to(device)
+    discriminator = build(Discriminator, vars(args)).to(device)
+    averaged = copy.deepcopy(generator).eval().requires_grad_(False)  # its samples are shown and saved
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
-    g_optimizer = common.adam(g_parameters, args.lr[0], args.betas)
-    d_optimizer = common.adam(d_parameters, args.lr[-1], args.betas)
-    updates = torch.zeros((), device=device)
-    fixed_z = uniform(256, args.latent, device)
-    shown = common.normalise(common.spread(images, 256).to(device))
-    record = common.Record(SCRIPT, vars(args), METRICS, device, images, writes=RANK == 0)
-    networks = dict(generator=generator.state_dict(), ema=ema.state_dict(), discriminator=discriminator.state_dict())
-    adams = dict(adam_g=g_optimizer.state_dict()["state"], adam_d=d_optimizer.state_dict()["state"])
-    state = networks | record.state | adams | dict(updates=updates, fixed_z=fixed_z)
+    ema_weight = torch.ones((), device=device)
+    betas = tuple(args.betas)
+    adam_g = torch.optim.Adam(g_parameters, args.lr[0], betas, fused=True, capturable=device.type == "cuda")
+    adam_d = torch.optim.Adam(d_parameters, args.lr[-1], betas, fused=True, capturable=device.type == "cuda")
+    networks = dict(generator=generator, averaged=averaged, discriminator=discriminator)
+    state = networks | dict(adam_g=adam_g, adam_d=adam_d)
+
+    done, rows = 0, []
+    if args.resume:
+        checkpoint = load(args.out, state)
+        done, rows = checkpoint["step"], checkpoint["rows"]
+    elif args.init_from:
+        load(args.init_from, networks)
+    if RANK == 0 and not args.out:
+        args.out = common.next_folder(f"runs/{SCRIPT}")
+    folder = Path(args.out or "")  # only rank 0 writes
 
     def update() -> Tensor:
-        """One step: --d-steps updates of D and --g-steps of G, all of it work for the device; returns the METRICS."""
+        """One step: --d-steps updates of D and --g-steps of G, all of it work for the device. Returns the METRICS."""
         for turn in range(max(args.d_steps, args.g_steps)):
-            z = uniform(args.batch_size, args.latent, device).chunk(WORLD)[RANK]
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                fake = generator(z).to(z.dtype)  # what follows the networks is computed in fp32
-                reconstructions, codes = discriminator(fake)  # one pass of the fakes through D serves both losses
-            fake_energy, codes = energy(fake, reconstructions), gathered(codes.to(z.dtype))
+            z = uniform(batch_size, args.latent, device)
+            # One pass of the samples through D serves both losses. G steps first. That changes no weight of D, and the
+            # gradients of L_D stop at D, so they do not meet the new weights of G.
+            with autocast:
+                fake = generator(z).to(z.dtype)  # in bf16 the energies would be rounded
+                reconstructions, codes = discriminator(fake)
+                fake_energy = energy(fake, reconstructions)
             if turn < args.g_steps:
                 L_G = generator_loss(fake_energy, codes, args.pt_weight)
-                g_optimizer.zero_grad()
+                adam_g.zero_grad()
                 L_G.backward(inputs=g_parameters, retain_graph=True)
-                average(parameter.grad for parameter in g_parameters)
-                g_optimizer.step()
+                all_reduce_mean([parameter.grad for parameter in g_parameters])
+                adam_g.step()
             if turn < args.d_steps:
                 x = batches(turn)
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    reconstructions, _ = discriminator(x)
-                real_energy = energy(x, reconstructions)
+                with autocast:
+                    real_energy = energy(x, discriminator(x)[0])
                 L_D = discriminator_loss(real_energy, fake_energy, args.margin)
-                d_optimizer.zero_grad()
-                L_D.backward(inputs=d_parameters)  # does not reach G, which has changed since
-                average(parameter.grad for parameter in d_parameters)
-                d_optimizer.step()
-        update_ema(ema, generator, updates, args.ema)
-        updates.add_(1)
-        metrics = torch.stack([real_energy.mean(), fake_energy.mean(), L_D, L_G, pull_away_term(codes)]).detach()
-        average([metrics])
-        return metrics
+                adam_d.zero_grad()
+                L_D.backward(inputs=d_parameters)
+                all_reduce_mean([parameter.grad for parameter in d_parameters])
+                adam_d.step()
+        update_ema(averaged, generator, ema_weight)
+        return torch.stack([real_energy.mean(), fake_energy.mean(), L_D, L_G, pull_away_term(codes)]).detach()
 
     @torch.no_grad()
-    def pictures() -> dict[str, Tensor]:
-        fake, real = ema(fixed_z[:64]), shown[:16]
+    def show(step: int) -> None:
+        """Write what there is to look at."""
+        fake, real = averaged(fixed_z[:64]), reference[:16]
         discriminator.eval()
-        rows = [real, discriminator(real)[0], fake[:16], discriminator(fake[:16])[0]]
+        reconstructions = torch.cat([real, discriminator(real)[0], fake[:16], discriminator(fake[:16])[0]])
         discriminator.train()
-        return dict(samples=fake, reconstructions=torch.cat(rows))
+        common.attempt(common.save_table, rows, folder / "metrics.csv")
+        common.attempt(common.save_chart, rows, folder / "curves.png", PANELS)
+        common.attempt(common.save_grid, reference[:64], folder / "samples/real.png")
+        common.attempt(common.save_grid, fake, folder / f"samples/{step:06d}.png")
+        common.attempt(common.save_grid, reconstructions, folder / f"reconstructions/{step:06d}.png", 16)
+        if step == args.steps:
+            common.attempt(common.save_gif, sorted(folder.glob("samples/[0-9]*.png")), folder / "training.gif")
 
-    if source:
-        common.fill(state if args.resume else networks, saved, source)
-    results = repeat(update, args.graph and device.type == "cuda")
-    with record, common.stop_requests() as requests:
-        if RANK == 0 and record.first == 0:
-            record.save(state)
-        if RANK == 0 and (record.first % args.sample_every == 0 or record.first == args.steps):
-            record.show(pictures(), shown[:64], PANELS)  # on resume too, in case a kill prevented it
-        for step in range(record.first + 1, args.steps + 1):
-            batches.refill()
-            record.add(step, next(results))
-            stop, last = told_to_stop(requests), step == args.steps
-            if RANK == 0 and (step % args.log_every == 0 or last):
-                record.row(common.compare(ema(fixed_z), shown))
-                record.warn(common.collapse(record.rows) or collapse(record.rows))
-            if RANK == 0 and (step % args.save_every == 0 or last or stop):
-                record.save(state)
-            if RANK == 0 and (step % args.sample_every == 0 or last):
-                record.show(pictures(), shown[:64], PANELS)
-            if stop and not last:
-                raise KeyboardInterrupt(f"stopped at step {step}; to continue: --resume --out {record.folder}")
-    return record.folder
+    say(f"{folder}: step {done} to {args.steps}")
+    if RANK == 0 and done > 0:
+        show(done)  # in case the run was killed between a checkpoint and its pictures
+    step_once = cuda_graph(update) if args.graph and device.type == "cuda" else update
+    total = torch.zeros(len(METRICS), device=device)
+    last_row, started = done, time.perf_counter()
+    for step in range(done, args.steps):
+        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # the average soon forgets the initial weights
+        batches.refill()
+        total += step_once()
+        say(f"{step + 1}/{args.steps}", end="\r")
+        if (step + 1) % args.every != 0 and step + 1 != args.steps:
+            continue
+
+        all_reduce_mean([total])
+        metrics = dict(zip(METRICS, (total / (step + 1 - last_row)).tolist()))
+        check_finite(step + 1, metrics, networks)
+        total.zero_()
+        last_row = step + 1
+        if RANK > 0:
+            continue
+        rows.append(dict(step=step + 1, **metrics, **common.compare(averaged(fixed_z), reference)))
+        save(args, step + 1, state, rows)
+        show(step + 1)
+        pace = (step + 1 - done) / max(time.perf_counter() - started, 1e-9)
+        left = datetime.timedelta(seconds=round((args.steps - step - 1) / pace))
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        say(f"{step + 1}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
+    return folder
+
+
+# ---- device, ranks, checkpoints: the same text in all four scripts --------------------------------------------------
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Choose the device, join the other ranks and seed the weights. Raises ValueError if there is no such device."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if args.device != "auto":
+        device = torch.device(args.device)
+        if not torch.get_device_module(device).is_available():
+            raise ValueError(f"argument --device: this machine has no {args.device}")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured in a graph
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as convolutions have it by default
+    if WORLD > 1:
+        dist.init_process_group(timeout=datetime.timedelta(minutes=30))
+    torch.manual_seed(args.seed)  # the same on every rank
+    return device
+
+
+def all_reduce_mean(tensors: list[Tensor]) -> None:
+    """Replace tensors by their means over the ranks, in one all-reduce."""
+    if WORLD > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / WORLD).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return a function that runs ``update`` three times, then records it in a CUDA graph and replays that."""
+    def results() -> Iterator[Tensor]:
+        for _ in range(3):
+            yield update()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                result = update()  # recorded, not run
+        except RuntimeError as error:
+            say(f"no CUDA graph, so the steps run one operation at a time: {str(error).splitlines()[0]}")
+            while True:
+                yield update()
+        while True:
+            graph.replay()
+            yield result
+
+    steps = results()
+    return lambda: next(steps)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on rank 0; a counter, with end="\\r", only on a terminal. Whatever becomes of the output, a run goes on."""
+    try:
+        if RANK == 0 and (end == "\n" or getattr(sys.stdout, "isatty", bool)()):
+            print(text, end=end, flush=True)
+    except UnicodeError:
+        print(ascii(text), flush=True)
+    except (OSError, ValueError):  # the reader has gone, or the output is closed
+        sys.stdout = None
+
+
+def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Module]) -> None:
+    """Raises FloatingPointError if a metric or a weight is NaN or infinite."""
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    bad += [name for name, network in networks.items()
+            if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
+    if bad:
+        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
+                                 "with --init-from from the last checkpoint, which is still good")
+
+
+def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
+    """Write checkpoint.pt, and with --keep a numbered copy. Raises OSError."""
+    settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
+    saved = {name: item if isinstance(item, Tensor) else item.state_dict() for name, item in state.items()}
+    names = [f"checkpoint-{step:06d}.pt", "checkpoint.pt"] if args.keep else ["checkpoint.pt"]
+    for name in names:
+        with common.atomic_write(Path(args.out, name)) as file:
+            torch.save(dict(script=SCRIPT, settings=settings, step=step, rows=rows, state=saved), file)
+
+
+def load(path: str | Path, state: dict | None = None) -> dict:
+    """Read a checkpoint, a file or a run's folder, and restore the networks, Adams and tensors in ``state`` from it.
+
+    No code in the file is run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+            raise ValueError("it is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != SCRIPT:
+            raise ValueError(f"it is of {checkpoint['script']}.py")
+        settings, known = checkpoint.get("settings", {}), vars(make_parser().parse_args([]))
+        if others := sorted(known.keys() ^ settings.keys()):
+            raise ValueError(f"it is of another version, with other settings ({', '.join(others)})")
+        for name, value in settings.items():
+            if type(value) is not type(known[name]):
+                raise ValueError(f"its setting {name} is {value!r}")
+        for name, item in (state or {}).items():
+            if isinstance(item, Tensor):
+                item.copy_(checkpoint["state"][name])
+            elif isinstance(item, torch.optim.Adam):
+                restore_adam(item, checkpoint["state"][name])
+            else:
+                item.load_state_dict(checkpoint["state"][name])
+    except Exception as error:  # a damaged file makes torch raise nearly every kind
+        reason = " ".join(str(error).partition(". ")[0].split())
+        raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
+    return checkpoint
+
+
+def restore_adam(adam: torch.optim.Adam, saved: dict) -> None:
+    """Restore Adam's moments, not its settings: flags may have changed, and a tensor ``lr`` must stay the same one."""
+    groups = [dict(group) for group in adam.param_groups]
+    adam.load_state_dict(saved)
+    for group, own in zip(adam.param_groups, groups):
+        group.update(own)
+        for parameter in group["params"]:  # a fused Adam would write past the end of moments that are too small
+            shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
+            if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
+                raise ValueError("Adam's moments do not fit the weights")
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
-def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
-    """A checkpoint's averaged generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = parser().load_checkpoint(path)
-    generator = build(Generator, content["config"])
-    common.fill({"ema": generator.state_dict()}, content["state"], path)
-    return generator.to(device).eval().requires_grad_(False), content["config"]
+def load_generator(run: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
+    """The averaged generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
 
-
-def open_generator(args: argparse.Namespace, purpose: str) -> tuple[Generator, dict, torch.device, Path]:
-    """The generator of --checkpoint, its settings, the device, and a new folder to fill: --out or beside the run."""
-    device = start(args)
-    generator, config = load_generator(args.checkpoint, device)
-    return generator, config, device, Path(args.out or common.next_folder(Path(args.checkpoint).parent / purpose))
+    Raises FileNotFoundError or ValueError.
+    """
+    settings = load(run)["settings"]
+    generator = build(Generator, settings)
+    load(run, dict(averaged=generator))
+    return generator.to(device).eval().requires_grad_(False), settings
 
 
 def sample(args: argparse.Namespace) -> Path:
-    """--sample N: N pictures, numbered, as FID tools want them."""
-    generator, config, device, folder = open_generator(args, "sample")
+    """--sample N: write N pictures, numbered, as FID tools want them."""
+    device = start(args)
+    generator, settings = load_generator(args.out, device)
+    folder = common.next_folder(Path(args.out, "sample"))
     for first in range(0, args.sample, 256):
-        z = uniform(min(256, args.sample - first), config["latent"])
+        z = uniform(min(256, args.sample - first), settings["latent"])
         common.save_pngs(generator(z.to(device)), folder, first)
     return folder
 
 
 def interpolate(args: argparse.Namespace) -> Path:
-    """--interpolate N: N straight walks between two random z, a row each."""
-    generator, config, device, folder = open_generator(args, "interpolate")
-    begin, end = uniform(2 * args.interpolate, config["latent"]).to(device).chunk(2)
+    """--interpolate N: write N straight walks between two random z, a row each."""
+    device = start(args)
+    generator, settings = load_generator(args.out, device)
+    folder = common.next_folder(Path(args.out, "interpolate"))
+    begin, end = uniform(2 * args.interpolate, settings["latent"]).to(device).chunk(2)
     walk = [generator(torch.lerp(begin, end, step / 11)) for step in range(12)]
     common.save_grid(torch.stack(walk, dim=1), folder / "walks.png")
     return folder
@@ -323,118 +479,110 @@ def interpolate(args: argparse.Namespace) -> Path:
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+# These flags must be positive:
+COUNTS = ("batch_size", "steps", "every", "d_steps", "g_steps", "g_width", "d_width", "latent", "code", "sample",
+          "interpolate")
+# These flags say what to do with a run, and are not its settings:
+ACTIONS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None)
 
-def parser() -> argparse.ArgumentParser:
-    """The flags, each with its check."""
-    number, switch = common.number, argparse.BooleanOptionalAction
-    parser = common.Parser(SCRIPT, __doc__.split("\n")[0], data="digits", precision="auto")
-    add = parser.add_argument_group("EBGAN").add_argument
-    add("--batch-size", type=number(int, 2, 1e6), default=64, help="images per batch, over all ranks")
-    add("--steps", type=number(int, 1), default=5000, help="steps of the whole run, see --d-steps and --g-steps")
-    add("--lr", type=number(float, 1e-9, 1), nargs="+", default=[1e-3], help="Adam's learning rate; or G's and D's")
-    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], metavar="B", help="Adam's betas")
-    add("--margin", type=number(float, 0, 1e4), help="m; default: sqrt(C H W) / 4, 8 for 32x32 grey")
-    add("--pt-weight", type=number(float, 0, 1e4), default=0.1, help="weight w of the pull-away term; 0: none")
-    add("--d-steps", type=number(int, 1, 100), default=1, help="discriminator updates per step")
-    add("--g-steps", type=number(int, 1, 100), default=1, help="generator updates per step")
-    add("--layers", choices=("fused", "paper"), default="fused", help="paper: transposed convolutions, no linear code")
-    add("--g-width", type=number(int, 1, 4096), default=256, help="channels of G's first layer, halved in every next")
-    add("--d-width", type=number(int, 1, 4096), default=32, help="channels of D's first layer, doubled in every next")
-    add("--latent", type=number(int, 1, 65536), default=64, help="length of z")
-    add("--code", type=number(int, 1, 65536), default=32, help="length of D's linear code")
-    add("--batch-norm", action=switch, default=True, help="in both networks; synchronised between GPUs, not CPUs")
-    add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the averaged generator; 0: no averaging")
-    parser.use("--interpolate", type=number(int, 1, 1000), metavar="N", help="skip training and write N walks in z")
+
+def make_parser() -> argparse.ArgumentParser:
+    """Define the flags. Those of ACTIONS have no default here."""
+    path, switch = os.path.expanduser, argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", argument_default=argparse.SUPPRESS,
+                                     description="Train EBGAN, or use a generator that it has trained.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=path, default="digits", help=f"{', '.join(common.NAMES)}, or a folder of pictures")
+    add("--data-root", type=path, default="data", help="folder for downloads and decoded pictures")
+    add("--image-size", type=int, choices=(16, 32, 64, 128, 256), default=32, help="height and width in pixels")
+    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data have")
+    add("--hflip", action=switch, default=False, help="flip half of the real images left to right")
+    add("--batch-size", type=int, default=64, help="images in a batch, over all ranks")
+    add("--steps", type=int, default=5000, help="the step to train to")
+    add("--lr", type=float, nargs="+", default=[1e-3], help="Adam's learning rate, or two: for G and for D")
+    add("--betas", type=float, nargs=2, default=[0.5, 0.999], metavar="BETA", help="Adam's betas")
+    add("--ema", type=float, default=0.999, help="decay of the averaged generator; 0 for no averaging")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the hardware has it")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add("--graph", action=switch, default=True, help="on a GPU, replay the step as a CUDA graph")
+    add("--seed", type=int, default=0, help="seed of weights, batches and noise")
+    add("--every", type=int, default=100, help="steps between rows of metrics.csv, pictures and checkpoints")
+    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
+    add("--margin", type=float, default=0.0, help="m, the energy that D learns to give samples; 0 for sqrt(C H W) / 4")
+    add("--pt-weight", type=float, default=0.1, help="w, the weight of the pull-away term; 0 for none")
+    add("--d-steps", type=int, default=1, help="updates of D in a step")
+    add("--g-steps", type=int, default=1, help="updates of G in a step")
+    add("--layers", choices=("fused", "paper"), default="fused", help="paper for the paper's layers, without --code")
+    add("--g-width", type=int, default=256, help="channels of G's first layer; every following layer has half as many")
+    add("--d-width", type=int, default=32, help="channels of D's first layer; every following layer has twice as many")
+    add("--latent", type=int, default=64, help="length of z")
+    add("--code", type=int, default=32, help="length of D's code")
+    add("--batch-norm", action=switch, default=True, help="batch norm in both networks")
+    add("--out", type=path, help="folder of the run (default: a new one, or the newest one to resume or use)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--init-from", type=path, metavar="RUN", help="start from the weights in another run's folder or checkpoint")
+    add("--resume", action="store_true", default=argparse.SUPPRESS, help="continue a run with its settings")
+    add("--sample", type=int, metavar="N", help="write N samples of a trained generator")
+    add("--interpolate", type=int, metavar="N", help="write N walks between random z")
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    with common.one_line_errors(SCRIPT), ranks():
-        args = from_rank_0(parser().settings, argv)
-        use = sample if args.sample else interpolate if args.interpolate else train
-        folder = use(args) if use is train or RANK == 0 else None
-        if RANK == 0:
-            print(f"{SCRIPT}: results are in {folder}")
+def read_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the flags. The settings of a run to resume, or of networks to start from, become the defaults."""
+    parser, saved = make_parser(), {}
+    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS))
+    if WORLD > 1 and (args.sample or args.interpolate):
+        parser.error("torchrun is for training only")
+    if args.resume or args.sample or args.interpolate:
+        args.out = args.out or common.newest_folder(f"runs/{SCRIPT}-*", "checkpoint.pt")
+    elif args.out and os.path.exists(args.out) and os.listdir(args.out):
+        parser.error(f"argument --out: {args.out!r} is not empty; choose a new folder, or --resume the run in it")
+    if args.resume:
+        saved = load(args.out)["settings"]
+        parser.set_defaults(**saved)
+    elif args.init_from:
+        saved = load(args.init_from)["settings"]
+        parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
+    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS | dict(out=args.out)))
 
-
-# ---- runs: the same text in all four scripts ------------------------------------------------------------------------
-
-RANK, WORLD, LAUNCHER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
-
-
-@contextlib.contextmanager
-def ranks() -> Iterator[None]:
-    """Join the ranks that torchrun started, if any."""
-    if WORLD > 1:
-        dist.init_process_group(timeout=datetime.timedelta(minutes=30))
-    yield
-    if WORLD > 1:
-        dist.barrier()  # gloo may abort a rank when another leaves before it
-        dist.destroy_process_group()
-
-
-def from_rank_0(make: Callable, *inputs: object) -> object:
-    """make(*inputs), made on rank 0, which alone may have the files, and sent to the other ranks."""
-    result = [make(*inputs) if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
-def average(tensors: Iterable[Tensor]) -> None:
-    """Replace tensors by their means over the ranks, in one all-reduce."""
-    if WORLD > 1:
-        tensors = list(tensors)
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, (flat / WORLD).split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
-
-
-def told_to_stop(requests: list[int]) -> bool:
-    """Whether any rank has been asked to stop or has lost its launcher; all ranks get the same answer."""
-    asked = torch.tensor(float(len(requests) > 0 or WORLD > 1 and os.getppid() != LAUNCHER))
-    average([asked])
-    return asked.item() > 0
-
-
-def start(args: argparse.Namespace) -> torch.device:
-    """Seed, and choose the device and, where it is "auto", the precision. Raises ValueError."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = torch.device(args.device if args.device != "auto" else next(kind for kind in found if found[kind]))
-    if not found[device.type]:
-        raise ValueError(f"argument --device: this machine has no {args.device}; accepted: auto, cpu")
+    for name, value in vars(args).items():
+        flag = f"argument --{name.replace('_', '-')}"
+        if value == "":
+            parser.error(f"{flag}: must not be empty")
+        if isinstance(value, (int, float)) and not 0 <= value < 2**32:
+            parser.error(f"{flag}: {value} is not a number from 0 to {2**32 - 1}")
+        if name in COUNTS and value == 0:
+            parser.error(f"{flag}: must be positive")
+        if name in NETWORK_FLAGS and value != saved.get(name, value):
+            parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
     if args.batch_size % WORLD:
-        raise ValueError(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
-    if vars(args).get("precision") == "auto":
-        args.precision = "bf16" if common.has_bf16(device) else "fp32"
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_stream(torch.cuda.Stream())  # a step is captured on the stream that has warmed it up
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 for matrix products, as convolutions have it by default
-    torch.manual_seed(args.seed)  # alike on every rank: the same weights and the same global batches
-    return device
+        parser.error(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
+    if args.batch_size < 2 * WORLD:
+        parser.error(f"argument --batch-size: {args.batch_size} is fewer than 2 images for each rank")
+    if len(args.lr) > 2:
+        parser.error("argument --lr: takes one rate, or two: for G and for D")
+    return args
 
 
-def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
-    """Results of update(), endlessly; with ``graph`` its first three warm up and the others replay one CUDA graph."""
-    for _ in range(3):
-        yield update()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                result = update()  # recorded, not run
-        except RuntimeError as error:
-            print(f"{SCRIPT}: no CUDA graph, running eagerly: {str(error).splitlines()[0]}", file=sys.stderr)
-        else:
-            while True:
-                captured.replay()
-                yield result
-    while True:
-        yield update()
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    args = argparse.Namespace(**ACTIONS)
+    try:
+        args = read_flags(argv)
+        action = sample if args.sample else interpolate if args.interpolate else train
+        say(f"the results are in {action(args)}")
+        if WORLD > 1:
+            dist.barrier()  # gloo may stop a rank when another one leaves first
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        if args.out and Path(args.out, "checkpoint.pt").exists():
+            sys.exit(f"stopped; to continue: python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}")
+        sys.exit("stopped before the first checkpoint, so nothing has been saved")
+    except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,45 @@
 """Unrolled GAN: Unrolled Generative Adversarial Networks (Metz, Poole, Pfau, Sohl-Dickstein, 2016, arXiv:1611.02163).
 
-The generator G looks ahead: it is judged not by the discriminator D as it is, but by what K more steps would make of D,
+The generator G looks ahead. It is judged not by the discriminator D as it is, but by what K more steps would make of D,
 and its gradient runs through these steps. D itself then takes one ordinary step. With theta, the parameters of D:
 
     f(G, theta) = E log D(x) + E log(1 - D(G(z)))                          D ascends f: L_D = -f(G, theta)
-    theta^0     = theta,   theta^{k+1} = theta^k + Adam(df / dtheta^k)     K = --unroll-steps of them, then forgotten
+    theta^0     = theta,   theta^{k+1} = theta^k + Adam(df / dtheta^k)     K steps that D does not keep
     f_K(G)      = f(G, theta^K(G))                                         G descends f_K: L_G = f_K(G)
-    df_K/dG     = df/dG + df/dtheta^K dtheta^K/dG                          the second term is the paper
+    df_K/dG     = df/dG + df/dtheta^K dtheta^K/dG                          the second term is the paper's idea
 
-    python unrolled_gan.py                                         # ring of 8 Gaussians
-    python unrolled_gan.py --activation relu --unroll-steps 0      # a plain GAN, which collapses
-    python unrolled_gan.py --activation relu                       # the same, unrolled: it does not
+    python unrolled_gan.py                                         # a ring of 8 Gaussians
+    python unrolled_gan.py --activation relu --unroll-steps 0      # a plain GAN, which collapses to one of them
+    python unrolled_gan.py --activation relu                       # the same GAN unrolled, which finds all 8
     python unrolled_gan.py --data grid --prior-std 0.02            # 25 Gaussians of uneven weights
     python unrolled_gan.py --data points.npy                       # your own points, an array [N, 2]
-    python unrolled_gan.py --data photos --batch-size 64           # images: a dataset, or a folder of your own
+    python unrolled_gan.py --data photos --batch-size 64           # a folder of your own pictures
     python unrolled_gan.py --resume                                # continue the newest run
-    python unrolled_gan.py --sample 10000                          # use the trained generator
-    torchrun --nproc_per_node 8 unrolled_gan.py --data grid --batch-size 65536 --width 1024   # 8,192 points per GPU
+    python unrolled_gan.py --init-from runs/unrolled_gan-001 --lr 1e-4    # start a new run from the weights of another
+    python unrolled_gan.py --sample 10000                          # use the generator of the newest run
+    torchrun --nproc_per_node 8 unrolled_gan.py --data grid --batch-size 65536 --width 1024    # 8,192 points per GPU
     python unrolled_gan.py --activation relu --lr 1e-4 --betas 0.5 0.999 --d-layers 1 --input-scale 4 \\
         --g-loss saddle --steps 25000                              # the paper's settings
     python unrolled_gan.py --data stacked-mnist --batch-size 128 --activation relu --d-activation leaky --gain 1.4 \\
-        --width 64 --d-width 4 --lr 1e-4 2e-4                      # those of its 1,000 modes, D half of G
-    python unrolled_gan.py --d-activation tanh --gain 1.4 --lr 1e-3 1e-4 --unroll-steps 5 --g-loss saddle --steps 25000
-                                                                   # those of the authors' notebook, on our ring
-    python unrolled_gan.py --activation relu --gain 0 --lr 1e-3 1e-4 --fresh   # those of andrewliao11/unrolled-gans
+        --width 64 --d-width 4 --lr 1e-4 2e-4                      # its 1,000 modes, with D half as wide as G
+    python unrolled_gan.py --d-activation tanh --gain 1.4 --lr 1e-3 1e-4 --unroll-steps 5 --g-loss saddle \\
+        --steps 25000                                              # the settings of the authors' notebook
+    python unrolled_gan.py --activation relu --gain 0 --lr 1e-3 1e-4 --fresh    # those of andrewliao11/unrolled-gans
 
-Measured, modes at K = 10 and at K = 0, three seeds: ring with ReLU 8.0 of 8 and 1.0, grid with tanh 25.0 of 25 and 2.3.
+Measured over three seeds: a ReLU generator finds 8.0 of the ring's 8 modes with K = 10 and 1.0 with K = 0. A tanh
+generator finds 25.0 of the grid's 25 with K = 10 and 2.3 with K = 0.
 """
 
 import argparse
-import contextlib
 import datetime
 import itertools
 import math
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,26 +52,31 @@ from torch.func import functional_call
 
 import common
 
-SCRIPT = "unrolled_gan"  # checkpoints carry this name, whatever the file is called
+SCRIPT = "unrolled_gan"  # the name that checkpoints carry, whatever this file is called
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts this many processes, its ranks
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # which of them this one is
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
-ACTIVATIONS = {"relu": nn.ReLU, "leaky": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh}
+ACTIVATIONS = dict(relu=nn.ReLU, leaky=lambda: nn.LeakyReLU(0.2), tanh=nn.Tanh)
 
 
 def layered(layers: list[nn.Module], activation: str, gain: float) -> list[nn.Module]:
-    """The layers of a network, with ``activation`` (relu, leaky or tanh) in between.
+    """Initialise layers, and put an activation (relu, leaky or tanh) between them.
 
-    Their weights are made orthogonal, times ``gain``, and their biases zero; with gain 0 both are PyTorch's own.
+    Their weights become orthogonal, times ``gain``, and their biases zero. With gain 0 they stay as PyTorch made them.
     """
-    for layer in layers if gain > 0 else ():
-        nn.init.orthogonal_(layer.weight, gain)
-        nn.init.zeros_(layer.bias)
-    return [module for layer in layers for module in (layer, ACTIVATIONS[activation]())][:-1]
+    modules = []
+    for layer in layers:
+        if gain > 0:
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+        modules += [layer, ACTIVATIONS[activation]()]
+    return modules[:-1]  # no activation after the last layer
 
 
 class Generator(nn.Sequential):
-    """Latent [N, latent] to points [N, 2], by two hidden layers."""
+    """Latent [N, latent] to points [N, 2], with two hidden layers."""
 
     def __init__(self, latent: int, width: int, activation: str = "relu", gain: float = 0.8):
         layers = [nn.Linear(a, b) for a, b in itertools.pairwise([latent, width, width, 2])]
@@ -75,7 +84,7 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """Points [N, 2] to logits [N, 1] of being real; its first layer sees x / ``scale``."""
+    """Points [N, 2] to logits [N, 1] of being real. The first layer sees x / ``scale``."""
 
     def __init__(self, width: int, layers: int = 2, activation: str = "relu", gain: float = 0.8, scale: float = 1.0):
         sizes = itertools.pairwise([2, *[width] * layers, 1])
@@ -89,7 +98,7 @@ class Discriminator(nn.Sequential):
 class ImageGenerator(nn.Sequential):
     """Latent [N, latent] to images [N, channels, size, size] in [-1, 1].
 
-    ``width`` channels of 4x4 pixels, then transposed convolutions, which double the pixels and halve the channels.
+    It starts with ``width`` channels of 4x4 pixels. Transposed convolutions double the size and halve the channels.
     """
 
     def __init__(self, latent: int, width: int, size: int, channels: int, activation: str = "relu", gain: float = 1.4):
@@ -103,8 +112,8 @@ class ImageGenerator(nn.Sequential):
 class ImageDiscriminator(nn.Sequential):
     """Images [N, channels, size, size] to logits [N, 1] of being real.
 
-    Convolutions of stride 2 down to 4x4 pixels, the first with ``width`` channels, each next with twice as many. There
-    is no batch norm, whose running statistics the unrolled steps would change.
+    Convolutions of stride 2 lead down to 4x4 pixels. The first has ``width`` channels, and each next one twice as many.
+    There is no batch norm, because real and generated images go through D in one batch.
     """
 
     def __init__(self, width: int, size: int, channels: int, activation: str = "leaky", gain: float = 1.4):
@@ -118,9 +127,9 @@ class ImageDiscriminator(nn.Sequential):
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """-f = -E log D(x) - E log(1 - D(G(z))) (eq. 1 and 2): logits of one shape, as [N, 1], to a scalar.
+    """L_D = -f = -E log D(x) - E log(1 - D(G(z))) (eq. 1 and 2): two tensors of logits of one shape to a scalar.
 
-    Raises ValueError where the shapes differ.
+    Raises ValueError if the shapes differ.
     """
     if real_logits.shape != fake_logits.shape:
         raise ValueError(f"shapes differ: {tuple(real_logits.shape)} and {tuple(fake_logits.shape)}")
@@ -128,9 +137,9 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def generator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "saddle") -> Tensor:
-    """``saddle``: f (eq. 8), whose real term matters too, as theta^K depends on G. ``nonsaturating``: -E log D(G(z)).
+    """L_G of the logits of theta^K: f for ``saddle`` (eq. 8), or -E log D(G(z)) for ``nonsaturating``.
 
-    The logits are those of theta^K. Raises ValueError for another kind, or where their shapes differ.
+    The real term of f matters, because theta^K depends on G. Raises ValueError for another kind, or if shapes differ.
     """
     f = -discriminator_loss(real_logits, fake_logits)
     if kind == "saddle":
@@ -140,42 +149,47 @@ def generator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "saddle
     raise ValueError(f"unknown kind {kind!r}; accepted: saddle, nonsaturating")
 
 
-def unroll(discriminator: nn.Module, adam: torch.optim.Adam, loss: Callable[[dict[str, Tensor]], Tensor], steps: int,
-           mean: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+def unroll(discriminator: nn.Module, adam: torch.optim.Adam, loss: Callable[[dict[str, Tensor]], Tensor],
+           steps: int) -> dict[str, Tensor]:
     """theta^K (eq. 7): what K = ``steps`` more steps of its ``adam`` on ``loss`` would make of any discriminator.
 
-    The result, like what ``loss`` is called with once per step, is for functional_call(discriminator, theta, (x,)). It
-    is differentiable in all that ``loss`` depends on, such as G(z). The discriminator and ``adam`` do not change. Where
-    ranks share a batch, ``mean`` replaces a gradient by its mean over them, differentiably. Raises ValueError unless
-    ``adam`` is a plain Adam, of rates, betas and eps alone, with one group that holds all of the parameters.
+    ``loss`` is called once per step with theta^k, a dict for functional_call(discriminator, theta, (x,)). The result is
+    such a dict. It is differentiable in everything that ``loss`` depends on, such as G(z). The discriminator and
+    ``adam`` do not change. Batch norm and spectral norm write to copies of their buffers, which the dicts hold too.
+    Raises ValueError unless ``adam`` is a plain Adam, without weight decay or amsgrad, whose one group holds all the
+    parameters.
     """
     group, *others = adam.param_groups
     if others or not isinstance(adam, torch.optim.Adam):
-        raise ValueError("the optimiser is not an Adam with one group of parameters")
+        raise ValueError("the optimizer is not an Adam with one group of parameters")
     if extras := [name for name in ("weight_decay", "amsgrad", "maximize") if group[name]]:
         raise ValueError(f"an Adam with {' and '.join(extras)} cannot be unrolled")
     parameters = {name: p for name, p in discriminator.named_parameters() if p.requires_grad}
     if not set(parameters.values()) <= set(group["params"]):
-        raise ValueError("the optimiser does not hold all of the discriminator's parameters")
-    if steps == 0:
-        return parameters
+        raise ValueError("the optimizer does not hold all of the discriminator's parameters")
+    buffers = {name: buffer.detach().clone() for name, buffer in discriminator.named_buffers()}
 
-    # All parameters lie end to end in one vector, on which a step of Adam is a few operations.
+    # All parameters lie end to end in one vector, on which a step of Adam is a few operations. Matrices lie in it
+    # transposed, because the gradient of a matrix is slow to compute if it has two columns, but not if it has two rows.
+    def transposed(tensor: Tensor) -> Tensor:
+        return tensor.mT if tensor.ndim == 2 else tensor
+
     def flat(name: str) -> Tensor:
-        """What Adam keeps by this name for each parameter; 0 where it has kept nothing yet."""
-        kept = [adam.state.get(p, {}).get(name, torch.zeros(())) for p in parameters.values()]
-        return torch.cat([value.to(p).expand_as(p).flatten() for value, p in zip(kept, parameters.values())])
+        """What Adam keeps by this name for each parameter, or 0 where it has kept nothing yet."""
+        kept = (adam.state.get(p, {}).get(name, torch.zeros(())).to(p).expand_as(p) for p in parameters.values())
+        return torch.cat([transposed(tensor).flatten() for tensor in kept])
 
     def views(vector: Tensor) -> dict[str, Tensor]:
-        parts = vector.split([p.numel() for p in parameters.values()])
-        return {name: part.view_as(p) for part, (name, p) in zip(parts, parameters.items())}
+        """The parameters that lie in the vector, and the copies of the buffers."""
+        parts = zip(parameters.items(), vector.split([p.numel() for p in parameters.values()]))
+        return {name: transposed(part.view_as(transposed(p))) for (name, p), part in parts} | buffers
 
-    (beta1, beta2), t, m, v = group["betas"], flat("step"), flat("exp_avg"), flat("exp_avg_sq")
+    t, m, v = flat("step"), flat("exp_avg"), flat("exp_avg_sq")
+    beta1, beta2 = group["betas"]
     power1, power2 = beta1**t, beta2**t
-    theta = torch.cat([p.detach().flatten() for p in parameters.values()]).requires_grad_()
+    theta = torch.cat([transposed(p.detach()).flatten() for p in parameters.values()]).requires_grad_()
     for _ in range(steps):
         (g,) = torch.autograd.grad(loss(views(theta)), theta, create_graph=True)
-        g = g if mean is None else mean(g)
         power1, power2 = beta1 * power1, beta2 * power2
         m = torch.lerp(g, m, beta1)
         v = torch.addcmul(beta2 * v, g, g, value=1 - beta2)
@@ -185,16 +199,16 @@ def unroll(discriminator: nn.Module, adam: torch.optim.Adam, loss: Callable[[dic
     return views(theta)
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
+# ---- points ---------------------------------------------------------------------------------------------------------
 
-MODE_STD = {"ring": 0.02, "grid": 0.05}
+MODE_STD = dict(ring=0.02, grid=0.05)  # standard deviations of the Gaussians
 
 
 def mixture(kind: str, prior_std: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Means [M, 2] and weights [M] of the ring (radius 2) or the grid (spacing 2) of Gaussians.
+    """Means [M, 2] and weights [M] of a ``ring`` (radius 2) or a ``grid`` (spacing 2) of Gaussians.
 
-    The weights are positive, sum to 1 and have exactly the population standard deviation ``prior_std``: they are a
-    softmax of normals from ``seed``, whose temperature is solved for. Raises ValueError where there are none.
+    The weights are positive, sum to 1 and have exactly the population standard deviation ``prior_std``. They are a
+    softmax of normals drawn with ``seed``, at the temperature that gives this spread. Raises ValueError if none does.
     """
     if kind not in MODE_STD:
         raise ValueError(f"unknown kind {kind!r}; accepted: {', '.join(MODE_STD)}")
@@ -202,30 +216,32 @@ def mixture(kind: str, prior_std: float = 0.0, seed: int = 0) -> tuple[Tensor, T
     means = torch.stack([2 * angle.cos(), 2 * angle.sin()], 1) if kind == "ring" else torch.cartesian_prod(line, line)
     normals = torch.randn(len(means), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     low, high = 0.0, 1e4
-    for _ in range(100):  # bisection: the spread grows with the inverse temperature
+    for _ in range(100):  # bisection, because the spread grows with the inverse temperature
         middle = (low + high) / 2
-        weights = ((normals * middle).softmax(0) + 1e-6) / (1 + 1e-6 * len(means))  # none vanishes
-        low, high = (middle, high) if weights.std(correction=0) < prior_std else (low, middle)
-    weights = weights.to(means.dtype)
-    if weights.min() <= 0 or abs(weights.std(correction=0) - prior_std) > 1e-6:
+        weights = ((normals * middle).softmax(0) + 1e-6) / (1 + 1e-6 * len(means))  # no weight vanishes
+        if weights.std(correction=0) < prior_std:
+            low = middle
+        else:
+            high = middle
+    if abs(weights.std(correction=0) - prior_std) > 1e-6:
         most = math.sqrt(len(means) - 1) / len(means)
-        raise ValueError(f"prior_std {prior_std}: that of {len(means)} positive weights is less than {most:.3f}")
-    return means, weights
+        raise ValueError(f"prior_std {prior_std}: the standard deviation of {len(means)} weights is below {most:.3f}")
+    return means, weights.to(means.dtype)
 
 
 def draw(means: Tensor, weights: Tensor, std: float, count: int) -> Tensor:
-    """Points [count, 2] of the mixture."""
+    """Points [count, 2] of a mixture."""
     modes = torch.searchsorted(weights.cumsum(0)[:-1], torch.rand(count, device=means.device))
     return means[modes] + std * torch.randn(count, 2, device=means.device)
 
 
 def mode_statistics(samples: Tensor, means: Tensor, std: float, weights: Tensor) -> dict[str, float]:
-    """How samples [N, 2] spread over the mixture.
+    """How samples [N, 2] spread over a mixture.
 
-    ``covered``, ``reached``: modes with N / 128 samples (20 of 2,560) or more, within 3 std of the mean, or nearer than
-    a quarter of the way to the next one. ``modes``: modes with one sample within 3 std, and ``quality``: the share of
-    samples within 3 std of any mode, both as VEEGAN and PacGAN count. ``kl``: KL(h || weights), where h are the shares
-    of the samples by nearest mode.
+    ``covered`` and ``reached`` count the modes with at least N / 128 samples (20 of 2,560): within 3 std of the mean,
+    or within a quarter of the way to the next mode. ``modes`` counts those with one sample within 3 std. ``quality`` is
+    the share of samples within 3 std of any mode. Both are as in VEEGAN and PacGAN. ``kl`` is KL(h || weights), where h
+    are the shares of the samples by nearest mode.
     """
     distances = torch.cdist(samples, means)
     close, near = distances < 3 * std, distances < torch.pdist(means).min() / 4
@@ -240,215 +256,345 @@ def mode_statistics(samples: Tensor, means: Tensor, std: float, weights: Tensor)
 # ---- training -------------------------------------------------------------------------------------------------------
 
 METRICS = ("loss_d", "loss_g", "unroll_gain")  # L_D, L_G, f(G, theta^K) - f(G, theta)
-PANELS = [("loss_d", "loss_g"), ("unroll_gain",)]
-MODE_PANELS = [("covered", "reached", "modes", "coverable"), ("quality",), ("kl",)]
+PANELS = [("covered", "reached", "modes", "coverable"), ("quality",), ("kl",), ("swd", "diversity"),
+          ("loss_d", "loss_g"), ("unroll_gain",)]
+# The saved weights depend on these flags:
+NETWORK_FLAGS = ("image_size", "channels", "width", "d_width", "latent", "activation", "d_activation", "d_layers",
+                 "input_scale")
 
 
-class Mean(torch.autograd.Function):
-    """The mean over the ranks of a tensor and, in the backward pass, of its gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        mean = x.clone()
-        average([mean])
-        return mean
-
-    backward = forward
+def data_kind(data: str) -> str:
+    """What --data names: a mixture, the points in a file, or images."""
+    if data in MODE_STD:
+        return "mixture"
+    return "points" if data.endswith(".npy") else "images"
 
 
-def names_points(data: str) -> bool:
-    """Whether --data names points, not images."""
-    return data in MODE_STD or data.endswith(".npy")
+def load_points(data: str, prior_std: float, seed: int) -> tuple[Tensor, Tensor, float]:
+    """Means, weights and standard deviation of a mixture. The points of a file are the means of modes of width 0."""
+    if data in MODE_STD:
+        return *mixture(data, prior_std, seed), MODE_STD[data]
+    try:
+        points = torch.from_numpy(np.load(data).astype(np.float32))
+    except Exception:  # a damaged or foreign file makes numpy raise nearly every kind
+        points = torch.empty(0)
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) == 0 or not points.isfinite().all():
+        raise ValueError(f"argument --data: {data!r} is not a file with an array [N, 2] of finite numbers")
+    return points, torch.full((len(points),), 1 / len(points)), 0.0
 
 
-class Points:
-    """Batches of a mixture or, as modes of width 0, of the points in a file; and how samples are shown and measured."""
-
-    shown, panels = 2560, PANELS
-
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        if args.data in MODE_STD:
-            (means, weights), self.std = mixture(args.data, args.prior_std, args.seed), MODE_STD[args.data]
-        else:
-            try:
-                means = torch.from_numpy(np.load(os.path.expanduser(args.data)).astype(np.float32))
-            except Exception:  # whatever another file makes numpy raise
-                means = torch.empty(0)
-            if means.ndim != 2 or means.shape[1] != 2 or len(means) == 0 or not means.isfinite().all():
-                raise ValueError(f"argument --data: {args.data!r} is not a file with an array [N, 2] of finite numbers")
-            weights, self.std = torch.full((len(means),), 1 / len(means)), 0.0
-        self.content, self.means, self.weights = means, means.to(device), weights.to(device)
-        self.batch_size, self.extent = args.batch_size, 1.5 * means.abs().max().item()
-        points = draw(self.means, self.weights, self.std, self.shown)
-        self.real = self.picture(points)
-        if self.std > 0:
-            self.coverable = mode_statistics(points, self.means, self.std, self.weights)["covered"]
-            self.panels = [*MODE_PANELS, *PANELS]
-
-    def __call__(self, number: int = 0) -> Tensor:
-        """This rank's share of a batch: points [batch_size / WORLD, 2]."""
-        return draw(self.means, self.weights, self.std, self.batch_size).chunk(WORLD)[RANK]
-
-    def refill(self) -> None:
-        """Nothing to do, as the device draws the points."""
-
-    def picture(self, samples: Tensor) -> Image.Image:
-        """Their density."""
-        return common.density_picture(samples, self.extent)
-
-    def measure(self, samples: Tensor) -> dict[str, float]:
-        """How they cover the modes, beside the modes ``coverable`` by as many points of the data."""
-        if self.std == 0:
-            return {}
-        return mode_statistics(samples, self.means, self.std, self.weights) | dict(coverable=self.coverable)
+def build(settings: dict) -> tuple[nn.Module, nn.Module]:
+    """Make the generator and the discriminator, in the memory layout in which convolutions are fastest."""
+    latent, width, gain = settings["latent"], settings["width"], settings["gain"]
+    g_activation, d_activation = settings["activation"], settings["d_activation"]
+    if data_kind(settings["data"]) != "images":
+        generator = Generator(latent, width, g_activation, gain)
+        discriminator = Discriminator(width, settings["d_layers"], d_activation, gain, settings["input_scale"])
+    else:
+        shape = settings["image_size"], settings["channels"]
+        generator = ImageGenerator(latent, width, *shape, g_activation, gain)
+        discriminator = ImageDiscriminator(settings["d_width"], *shape, d_activation, gain)
+    return generator.to(memory_format=torch.channels_last), discriminator.to(memory_format=torch.channels_last)
 
 
-class Images(common.Batches):
-    """The same for images."""
-
-    shown, panels = 256, [("swd", "diversity"), *PANELS]
-
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.content = common.load_images(args.data, args.image_size, args.channels, args.data_root)
-        per_step = 1 + args.unroll_steps if args.fresh else 1
-        super().__init__(self.content, args.batch_size, device, args.hflip, RANK, WORLD, per_step)
-        self.compared = common.normalise(common.spread(self.content, self.shown).to(device))
-        self.real = self.picture(self.compared)
-
-    def picture(self, samples: Tensor) -> Tensor:
-        """A grid of the first of them."""
-        return samples[:64]
-
-    def measure(self, samples: Tensor) -> dict[str, float]:
-        """How they compare with images of the data."""
-        return common.compare(samples, self.compared)
+def save_samples(samples: Tensor, reference: Tensor, path: Path) -> None:
+    """Write the density of points, in a square around the real points, or a grid of images."""
+    if samples.ndim == 2:
+        with common.atomic_write(path) as file:
+            common.density_picture(samples, 1.5 * reference.abs().max().item()).save(file)
+    else:
+        common.save_grid(samples[:64], path)
 
 
-def build(config: dict) -> tuple[nn.Module, nn.Module]:
-    """The generator and the discriminator of these settings."""
-    g_rest, d_rest = ((config[name], config["gain"]) for name in ("activation", "d_activation"))
-    if names_points(config["data"]):
-        discriminator = Discriminator(config["width"], config["d_layers"], *d_rest, config["input_scale"])
-        return Generator(config["latent"], config["width"], *g_rest), discriminator
-    shape = config["image_size"], config["channels"]
-    generator = ImageGenerator(config["latent"], config["width"], *shape, *g_rest)
-    return generator, ImageDiscriminator(config["d_width"], *shape, *d_rest)
-
-
-def save_strip(frames: list[Path], real: Image.Image, path: Path) -> None:
-    """Four of the sample pictures, evenly along training, and last the data, side by side."""
-    shown = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 4) for k in range(1, 5)})]
-    titles = [f"step {int(frame.stem):,}" for frame in shown]
-    common.save_panels([*map(Image.open, shown), real], [*titles, "data"], path)
+def save_strip(folder: Path, pictures: list[Path]) -> None:
+    """Write strip.png: four of the sample pictures, evenly spaced over the run, and the data, side by side."""
+    places = sorted({max(0, len(pictures) * quarter // 4 - 1) for quarter in (1, 2, 3, 4)})
+    titles = [f"step {int(pictures[place].stem):,}" for place in places]
+    shown = [*(pictures[place] for place in places), folder / "samples/real.png"]
+    common.save_panels([Image.open(path) for path in shown], [*titles, "data"], folder / "strip.png")
 
 
 def train(args: argparse.Namespace) -> Path:
-    """Train with the ``settings``; returns the run's folder. Raises ValueError, OSError and FloatingPointError."""
-    if len(args.lr) > 2:
-        raise ValueError(f"argument --lr: {len(args.lr)} rates; accepted: one, or that of G and that of D")
-    of_points = names_points(args.data)
-    if not (of_points or args.data in common.NAMES or os.path.exists(os.path.expanduser(args.data))):
-        raise ValueError(f"argument --data: {args.data!r}: choose from ring, grid, a .npy file of points [N, 2], "
-                         f"{common.ACCEPTED}")
+    """Train up to step --steps, from the start or from a checkpoint. Returns the run's folder."""
     device = start(args)
-    source = args.checkpoint if args.resume else args.init_from
-    saved = from_rank_0(parser().load_checkpoint, source) if source else {}
-    if args.resume and args.data != (former := saved["config"]["data"]):  # a file or a folder may have moved
-        if of_points != names_points(former) or not MODE_STD.keys().isdisjoint([args.data, former]):
-            raise ValueError(f"argument --data: the run has {former} and cannot continue with {args.data}")
-    if args.prior_std > 0 and args.data not in MODE_STD:
-        raise ValueError("argument --prior-std: goes with --data ring or grid")
-    data = Points(args, device) if of_points else Images(args, device)
-    args.channels = 1 if of_points else data.content.shape[1]
-    generator, discriminator = (network.to(device, memory_format=torch.channels_last) for network in build(vars(args)))
+    of_points = data_kind(args.data) != "images"
+    count = 2560 if of_points else 256  # how many samples to measure
+    fixed_z = torch.randn(count, args.latent).to(device)  # the same z in all sample pictures
+    batch_size = args.batch_size // WORLD  # this rank's share
+    if RANK > 0:
+        dist.barrier()  # rank 0 decodes the pictures first, and the others find them in the cache
+    if of_points:
+        means, weights, std = load_points(args.data, args.prior_std, args.seed)
+        means, weights = means.to(device), weights.to(device)
+        reference = draw(means, weights, std, count)  # real points to compare samples with
+    else:
+        images = common.load_images(args.data, args.image_size, args.channels, args.data_root, quiet=RANK > 0)
+        args.channels = images.shape[1]
+        batches = common.Batches(images, batch_size, device, args.hflip, 1 + args.unroll_steps if args.fresh else 1)
+        reference = common.reference_images(images, count).to(device)  # real images to compare samples with
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
+
+    generator, discriminator = (network.to(device) for network in build(vars(args)))
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
-    adam_g = common.adam(g_parameters, args.lr[0], args.betas)
-    adam_d = common.adam(d_parameters, args.lr[-1], args.betas)
-    fixed_z = torch.randn(data.shown, args.latent, device=device)
-    record = common.Record(SCRIPT, vars(args), METRICS, device, data.content, writes=RANK == 0)
-    networks = dict(generator=generator.state_dict(), discriminator=discriminator.state_dict())
-    state = networks | record.state | dict(
-        adam_g=adam_g.state_dict()["state"], adam_d=adam_d.state_dict()["state"], fixed_z=fixed_z)
+    settings = dict(betas=tuple(args.betas), fused=True, capturable=device.type == "cuda")
+    adam_g = torch.optim.Adam(g_parameters, args.lr[0], **settings)
+    adam_d = torch.optim.Adam(d_parameters, args.lr[-1], **settings)
+    networks = dict(generator=generator, discriminator=discriminator)
+    state = networks | dict(adam_g=adam_g, adam_d=adam_d)
+
+    done, rows = 0, []
+    if args.resume:
+        checkpoint = load(args.out, state)
+        done, rows = checkpoint["step"], checkpoint["rows"]
+    elif args.init_from:
+        load(args.init_from, networks)
+    if RANK == 0 and not args.out:
+        args.out = common.next_folder(f"runs/{SCRIPT}")
+    folder = Path(args.out or "")  # only rank 0 writes
+
+    def real_batch(number: int = 0) -> Tensor:
+        """A batch of real points or images. ``number`` tells the batches of one step apart."""
+        return draw(means, weights, std, batch_size) if of_points else batches(number)
 
     def logits(theta: dict[str, Tensor], x: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of real and of generated data, in one pass through D with the parameters theta."""
+        """What D with the parameters theta makes of real and of generated data, in one pass."""
         return functional_call(discriminator, theta, (torch.cat([x, fake]),)).chunk(2)
 
     def update() -> Tensor:
-        """One step of D and G, all of it work for the device; returns the METRICS."""
-        z = torch.randn(args.batch_size, args.latent, device=device).chunk(WORLD)[RANK]
-        x, unrolled_steps = data(), itertools.count(1)
+        """One step of D and G, all of it work for the device. Returns the METRICS."""
+        z, x = torch.randn(batch_size, args.latent, device=device), real_batch()
         fake = generator(z)
+        reals = [real_batch(1 + k) if args.fresh else x for k in range(args.unroll_steps)]  # for the unrolled steps
 
         def inner_loss(theta_k: dict[str, Tensor]) -> Tensor:
-            """-f(G, theta^k), with --fresh of another real batch in every unrolled step."""
-            return discriminator_loss(*logits(theta_k, data(next(unrolled_steps)) if args.fresh else x, fake))
+            """-f(G, theta^k)."""
+            return discriminator_loss(*logits(theta_k, reals.pop(), fake))
 
-        theta_K = unroll(discriminator, adam_d, inner_loss, args.unroll_steps, Mean.apply if WORLD > 1 else None)
         now = discriminator(torch.cat([x, fake])).chunk(2)
-        ahead = logits(theta_K, x, fake) if args.unroll_steps else now
+        ahead = now
+        if args.unroll_steps > 0:
+            theta_K = unroll(discriminator, adam_d, inner_loss, args.unroll_steps)
+            ahead = logits(theta_K, x, fake)
         L_D = discriminator_loss(*now)
         L_G = generator_loss(*ahead, args.g_loss)
         adam_d.zero_grad()
         adam_g.zero_grad()
         L_D.backward(inputs=d_parameters, retain_graph=True)
         L_G.backward(inputs=g_parameters)
-        metrics = torch.stack([L_D, L_G, L_D - discriminator_loss(*ahead)]).detach()
-        average([metrics, *(parameter.grad for parameter in g_parameters + d_parameters)])
+        all_reduce_mean([parameter.grad for parameter in g_parameters + d_parameters])
         adam_d.step()
         adam_g.step()
-        return metrics
+        return torch.stack([L_D, L_G, L_D - discriminator_loss(*ahead)]).detach()
 
     @torch.no_grad()
-    def show() -> None:
-        record.show(dict(samples=data.picture(generator(fixed_z))), data.real, data.panels)
-        if of_points:
-            with common.only_warn("strip.png"):
-                save_strip(record.frames(), data.real, record.folder / "strip.png")
+    def measure() -> dict[str, float]:
+        """Compare samples with the data. The points in a file have no modes to count."""
+        samples = generator(fixed_z)
+        if args.data in MODE_STD:
+            coverable = mode_statistics(reference, means, std, weights)["covered"]  # the most that can be expected
+            return mode_statistics(samples, means, std, weights) | dict(coverable=coverable)
+        return {} if of_points else common.compare(samples, reference)
 
-    if source:
-        common.fill(state if args.resume else networks, saved["state"], source)
-    results = repeat(update, args.graph and device.type == "cuda")
-    with record, common.stop_requests() as requests:
-        if RANK == 0 and record.first == 0:
-            record.save(state)
-        if RANK == 0 and (record.first % args.sample_every == 0 or record.first == args.steps):
-            show()  # on resume too, in case a kill prevented it
-        for step in range(record.first + 1, args.steps + 1):
-            data.refill()
-            record.add(step, next(results))
-            stop, last = told_to_stop(requests), step == args.steps
-            if RANK == 0 and (step % args.log_every == 0 or last):
-                record.row(data.measure(generator(fixed_z).detach()))
-                record.warn(common.collapse(record.rows))
-            if RANK == 0 and (step % args.save_every == 0 or last or stop):
-                record.save(state)
-            if RANK == 0 and (step % args.sample_every == 0 or last):
-                show()
-            if stop and not last:
-                raise KeyboardInterrupt(f"stopped at step {step}; to continue: --resume --out {record.folder}")
-    return record.folder
+    @torch.no_grad()
+    def show(step: int) -> None:
+        """Write what there is to look at."""
+        panels = [names for names in PANELS if names[0] in rows[-1]]
+        common.attempt(common.save_table, rows, folder / "metrics.csv")
+        common.attempt(common.save_chart, rows, folder / "curves.png", panels)
+        common.attempt(save_samples, reference, reference, folder / "samples/real.png")
+        common.attempt(save_samples, generator(fixed_z), reference, folder / f"samples/{step:06d}.png")
+        pictures = sorted(folder.glob("samples/[0-9]*.png"))
+        if of_points:
+            common.attempt(save_strip, folder, pictures)
+        if step == args.steps:
+            common.attempt(common.save_gif, pictures, folder / "training.gif")
+
+    say(f"{folder}: step {done} to {args.steps}")
+    if RANK == 0 and done > 0:
+        show(done)  # in case the run was killed between a checkpoint and its pictures
+    step_once = cuda_graph(update) if args.graph and device.type == "cuda" else update
+    total = torch.zeros(len(METRICS), device=device)
+    last_row, started = done, time.perf_counter()
+    for step in range(done, args.steps):
+        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
+        if not of_points:
+            batches.refill()
+        total += step_once()
+        say(f"{step + 1}/{args.steps}", end="\r")
+        if (step + 1) % args.every != 0 and step + 1 != args.steps:
+            continue
+
+        all_reduce_mean([total])
+        metrics = dict(zip(METRICS, (total / (step + 1 - last_row)).tolist()))
+        check_finite(step + 1, metrics, networks)
+        total.zero_()
+        last_row = step + 1
+        if RANK > 0:
+            continue
+        rows.append(dict(step=step + 1, **metrics, **measure()))
+        save(args, step + 1, state, rows)
+        show(step + 1)
+        pace = (step + 1 - done) / max(time.perf_counter() - started, 1e-9)
+        left = datetime.timedelta(seconds=round((args.steps - step - 1) / pace))
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        say(f"{step + 1}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
+    return folder
+
+
+# ---- device, ranks, checkpoints: the same text in all four scripts --------------------------------------------------
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Choose the device, join the other ranks and seed the weights. Raises ValueError if there is no such device."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if args.device != "auto":
+        device = torch.device(args.device)
+        if not torch.get_device_module(device).is_available():
+            raise ValueError(f"argument --device: this machine has no {args.device}")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured in a graph
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 in matrix products, as convolutions have it by default
+    if WORLD > 1:
+        dist.init_process_group(timeout=datetime.timedelta(minutes=30))
+    torch.manual_seed(args.seed)  # the same on every rank
+    return device
+
+
+def all_reduce_mean(tensors: list[Tensor]) -> None:
+    """Replace tensors by their means over the ranks, in one all-reduce."""
+    if WORLD > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / WORLD).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return a function that runs ``update`` three times, then records it in a CUDA graph and replays that."""
+    def results() -> Iterator[Tensor]:
+        for _ in range(3):
+            yield update()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                result = update()  # recorded, not run
+        except RuntimeError as error:
+            say(f"no CUDA graph, so the steps run one operation at a time: {str(error).splitlines()[0]}")
+            while True:
+                yield update()
+        while True:
+            graph.replay()
+            yield result
+
+    steps = results()
+    return lambda: next(steps)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on rank 0; a counter, with end="\\r", only on a terminal. Whatever becomes of the output, a run goes on."""
+    try:
+        if RANK == 0 and (end == "\n" or getattr(sys.stdout, "isatty", bool)()):
+            print(text, end=end, flush=True)
+    except UnicodeError:
+        print(ascii(text), flush=True)
+    except (OSError, ValueError):  # the reader has gone, or the output is closed
+        sys.stdout = None
+
+
+def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Module]) -> None:
+    """Raises FloatingPointError if a metric or a weight is NaN or infinite."""
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    bad += [name for name, network in networks.items()
+            if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
+    if bad:
+        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
+                                 "with --init-from from the last checkpoint, which is still good")
+
+
+def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
+    """Write checkpoint.pt, and with --keep a numbered copy. Raises OSError."""
+    settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
+    saved = {name: item if isinstance(item, Tensor) else item.state_dict() for name, item in state.items()}
+    names = [f"checkpoint-{step:06d}.pt", "checkpoint.pt"] if args.keep else ["checkpoint.pt"]
+    for name in names:
+        with common.atomic_write(Path(args.out, name)) as file:
+            torch.save(dict(script=SCRIPT, settings=settings, step=step, rows=rows, state=saved), file)
+
+
+def load(path: str | Path, state: dict | None = None) -> dict:
+    """Read a checkpoint, a file or a run's folder, and restore the networks, Adams and tensors in ``state`` from it.
+
+    No code in the file is run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+            raise ValueError("it is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != SCRIPT:
+            raise ValueError(f"it is of {checkpoint['script']}.py")
+        settings, known = checkpoint.get("settings", {}), vars(make_parser().parse_args([]))
+        if others := sorted(known.keys() ^ settings.keys()):
+            raise ValueError(f"it is of another version, with other settings ({', '.join(others)})")
+        for name, value in settings.items():
+            if type(value) is not type(known[name]):
+                raise ValueError(f"its setting {name} is {value!r}")
+        for name, item in (state or {}).items():
+            if isinstance(item, Tensor):
+                item.copy_(checkpoint["state"][name])
+            elif isinstance(item, torch.optim.Adam):
+                restore_adam(item, checkpoint["state"][name])
+            else:
+                item.load_state_dict(checkpoint["state"][name])
+    except Exception as error:  # a damaged file makes torch raise nearly every kind
+        reason = " ".join(str(error).partition(". ")[0].split())
+        raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
+    return checkpoint
+
+
+def restore_adam(adam: torch.optim.Adam, saved: dict) -> None:
+    """Restore Adam's moments, not its settings: flags may have changed, and a tensor ``lr`` must stay the same one."""
+    groups = [dict(group) for group in adam.param_groups]
+    adam.load_state_dict(saved)
+    for group, own in zip(adam.param_groups, groups):
+        group.update(own)
+        for parameter in group["params"]:  # a fused Adam would write past the end of moments that are too small
+            shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
+            if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
+                raise ValueError("Adam's moments do not fit the weights")
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
-def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
-    """A checkpoint's generator, for z [N, latent], and the run's settings. Raises OSError, ValueError."""
-    content = parser().load_checkpoint(path)
-    generator, _ = build(content["config"])
-    common.fill({"generator": generator.state_dict()}, content["state"], path)
-    return generator.to(device).eval().requires_grad_(False), content["config"]
+def load_generator(run: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """The generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    settings = load(run)["settings"]
+    generator, _ = build(settings)
+    load(run, dict(generator=generator))
+    return generator.to(device).eval().requires_grad_(False), settings
 
 
 def sample(args: argparse.Namespace) -> Path:
-    """--sample N: in a new folder N pictures, numbered, as FID tools want them, or N points, samples.npy [N, 2]."""
+    """--sample N: write N points to samples.npy, or N pictures, numbered, as FID tools want them."""
     device = start(args)
-    generator, config = load_generator(args.checkpoint, device)
-    folder, points = Path(args.out or common.next_folder(Path(args.checkpoint).parent / "sample")), []
+    generator, settings = load_generator(args.out, device)
+    folder, points = common.next_folder(Path(args.out, "sample")), []
     for first in range(0, args.sample, 256):
-        samples = generator(torch.randn(min(256, args.sample - first), config["latent"]).to(device))
-        if names_points(config["data"]):
+        z = torch.randn(min(256, args.sample - first), settings["latent"])
+        samples = generator(z.to(device))
+        if samples.ndim == 2:
             points.append(samples.cpu())
         else:
             common.save_pngs(samples, folder, first)
@@ -460,121 +606,113 @@ def sample(args: argparse.Namespace) -> Path:
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+# These flags must be positive:
+COUNTS = ("batch_size", "steps", "every", "width", "d_width", "latent", "d_layers", "input_scale", "sample")
+# These flags say what to do with a run, and are not its settings:
+ACTIONS = dict(out=None, init_from=None, resume=False, sample=None)
 
-def parser() -> argparse.ArgumentParser:
-    """The flags, each with its check."""
-    number, switch = common.number, argparse.BooleanOptionalAction
-    parser = common.Parser(SCRIPT, __doc__.split("\n")[0], data="ring", precision=None,
-                           more="ring, grid, a .npy file of your own points [N, 2], ")
-    add = parser.add_argument_group("Unrolled GAN").add_argument
-    add("--prior-std", type=number(float, 0, 1), default=0.0, help="standard deviation of the mixture's weights")
-    add("--batch-size", type=number(int, 1, 1e6), default=512, help="points or images per batch, over all ranks")
-    add("--steps", type=number(int, 1), default=3000, help="generator updates of the whole run")
-    add("--lr", type=number(float, 1e-9, 1), nargs="+", default=[1e-3, 3e-4],
-        help="Adam's learning rate; or G's and D's")
-    add("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], metavar="B", help="Adam's betas")
-    add("--unroll-steps", type=number(int, 0, 1000), default=10, help="the paper's K; 0: the plain GAN")
+
+def make_parser() -> argparse.ArgumentParser:
+    """Define the flags. Those of ACTIONS have no default here."""
+    path, switch = os.path.expanduser, argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", argument_default=argparse.SUPPRESS,
+                                     description="Train an Unrolled GAN, or use a generator that it has trained.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=path, default="ring",
+        help=f"ring, grid, a .npy file of points [N, 2], {', '.join(common.NAMES)}, or a folder of pictures")
+    add("--data-root", type=path, default="data", help="folder for downloads and decoded pictures")
+    add("--image-size", type=int, choices=(16, 32, 64, 128, 256), default=32, help="height and width in pixels")
+    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data have")
+    add("--hflip", action=switch, default=False, help="flip half of the real images left to right")
+    add("--prior-std", type=float, default=0.0, help="standard deviation of the weights of ring or grid")
+    add("--batch-size", type=int, default=512, help="points or images in a batch, over all ranks")
+    add("--steps", type=int, default=3000, help="the step to train to")
+    add("--lr", type=float, nargs="+", default=[1e-3, 3e-4], help="Adam's learning rate, or G's and D's")
+    add("--betas", type=float, nargs=2, default=[0.5, 0.999], metavar="BETA", help="Adam's betas")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add("--graph", action=switch, default=True, help="on a GPU, replay the step as a CUDA graph")
+    add("--seed", type=int, default=0, help="seed of weights, batches and noise")
+    add("--every", type=int, default=100, help="steps between rows of metrics.csv, pictures and checkpoints")
+    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
+    add("--unroll-steps", type=int, default=10, help="the paper's K; 0 for a plain GAN")
     add("--g-loss", choices=("saddle", "nonsaturating"), default="nonsaturating", help="f_K, or -E log D(G(z))")
-    add("--fresh", action=switch, default=False, help="a new real batch for every unrolled step, not one for all")
-    add("--activation", choices=ACTIVATIONS, default="tanh", help="non-linearity of the generator")
-    add("--d-activation", choices=ACTIVATIONS, default="relu", help="non-linearity of the discriminator")
-    add("--d-layers", type=number(int, 1, 9), default=2, help="points: hidden layers of the discriminator; paper: 1")
-    add("--gain", type=number(float, 0, 9), default=0.8, help="of the orthogonal initial weights; 0: PyTorch's own")
-    add("--input-scale", type=number(float, 1e-3, 1e6), default=1.0, help="points: D sees x / this; paper: 4")
-    add("--width", type=number(int, 1, 65536), default=128,
-        help="points: units of a hidden layer of both networks; images: channels of G's first layer, halved onwards")
-    add("--d-width", type=number(int, 1, 4096), default=8, help="images: channels of D's first layer, doubled onwards")
-    add("--latent", type=number(int, 1, 65536), default=256, help="length of z")
+    add("--fresh", action=switch, default=False, help="take a new real batch in every unrolled step")
+    add("--activation", choices=ACTIVATIONS, default="tanh", help="activation of the generator")
+    add("--d-activation", choices=ACTIVATIONS, default="relu", help="activation of the discriminator")
+    add("--d-layers", type=int, default=2, help="points: hidden layers of the discriminator; 1 in the paper")
+    add("--gain", type=float, default=0.8, help="scale of the orthogonal initial weights; 0 for PyTorch's weights")
+    add("--input-scale", type=float, default=1.0, help="points: the discriminator sees x / this; 4 in the paper")
+    add("--width", type=int, default=128, help="points: units of a hidden layer; images: channels of G's first layer")
+    add("--d-width", type=int, default=8, help="images: channels of D's first layer")
+    add("--latent", type=int, default=256, help="length of z")
+    add("--out", type=path, help="folder of the run (default: a new one, or the newest one to resume or use)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--init-from", type=path, metavar="RUN", help="start from the weights in another run's folder or checkpoint")
+    add("--resume", action="store_true", default=argparse.SUPPRESS, help="continue a run with its settings")
+    add("--sample", type=int, metavar="N", help="write N samples of a trained generator")
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    with common.one_line_errors(SCRIPT), ranks():
-        args = from_rank_0(parser().settings, argv)
-        use = sample if args.sample else train
-        folder = use(args) if use is train or RANK == 0 else None
-        if RANK == 0:
-            print(f"{SCRIPT}: results are in {folder}")
+def read_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the flags. The settings of a run to resume, or of networks to start from, become the defaults."""
+    parser, saved = make_parser(), {}
+    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS))
+    if WORLD > 1 and args.sample:
+        parser.error("torchrun is for training only")
+    if args.resume or args.sample:
+        args.out = args.out or common.newest_folder(f"runs/{SCRIPT}-*", "checkpoint.pt")
+    elif args.out and os.path.exists(args.out) and os.listdir(args.out):
+        parser.error(f"argument --out: {args.out!r} is not empty; choose a new folder, or --resume the run in it")
+    if args.resume:
+        saved = load(args.out)["settings"]
+        parser.set_defaults(**saved)
+    elif args.init_from:
+        saved = load(args.init_from)["settings"]
+        parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
+    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS | dict(out=args.out)))
 
-
-# ---- runs: the same text in all four scripts ------------------------------------------------------------------------
-
-RANK, WORLD, LAUNCHER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
-
-
-@contextlib.contextmanager
-def ranks() -> Iterator[None]:
-    """Join the ranks that torchrun started, if any."""
-    if WORLD > 1:
-        dist.init_process_group(timeout=datetime.timedelta(minutes=30))
-    yield
-    if WORLD > 1:
-        dist.barrier()  # gloo may abort a rank when another leaves before it
-        dist.destroy_process_group()
-
-
-def from_rank_0(make: Callable, *inputs: object) -> object:
-    """make(*inputs), made on rank 0, which alone may have the files, and sent to the other ranks."""
-    result = [make(*inputs) if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
-def average(tensors: Iterable[Tensor]) -> None:
-    """Replace tensors by their means over the ranks, in one all-reduce."""
-    if WORLD > 1:
-        tensors = list(tensors)
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, (flat / WORLD).split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
-
-
-def told_to_stop(requests: list[int]) -> bool:
-    """Whether any rank has been asked to stop or has lost its launcher; all ranks get the same answer."""
-    asked = torch.tensor(float(len(requests) > 0 or WORLD > 1 and os.getppid() != LAUNCHER))
-    average([asked])
-    return asked.item() > 0
-
-
-def start(args: argparse.Namespace) -> torch.device:
-    """Seed, and choose the device and, where it is "auto", the precision. Raises ValueError."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = torch.device(args.device if args.device != "auto" else next(kind for kind in found if found[kind]))
-    if not found[device.type]:
-        raise ValueError(f"argument --device: this machine has no {args.device}; accepted: auto, cpu")
+    for name, value in vars(args).items():
+        flag = f"argument --{name.replace('_', '-')}"
+        if value == "":
+            parser.error(f"{flag}: must not be empty")
+        if isinstance(value, (int, float)) and not 0 <= value < 2**32:
+            parser.error(f"{flag}: {value} is not a number from 0 to {2**32 - 1}")
+        if name in COUNTS and value == 0:
+            parser.error(f"{flag}: must be positive")
+        if name in NETWORK_FLAGS and value != saved.get(name, value):
+            parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
     if args.batch_size % WORLD:
-        raise ValueError(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
-    if vars(args).get("precision") == "auto":
-        args.precision = "bf16" if common.has_bf16(device) else "fp32"
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_stream(torch.cuda.Stream())  # a step is captured on the stream that has warmed it up
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 for matrix products, as convolutions have it by default
-    torch.manual_seed(args.seed)  # alike on every rank: the same weights and the same global batches
-    return device
+        parser.error(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
+    if len(args.lr) > 2:
+        parser.error(f"argument --lr: {len(args.lr)} rates; give one, or G's and D's")
+    if data_kind(args.data) == "images" and args.data not in common.NAMES and not os.path.exists(args.data):
+        parser.error(f"argument --data: no such data: {args.data!r}; give ring, grid, a .npy file, {common.ACCEPTED}")
+    if saved and data_kind(args.data) != data_kind(saved["data"]):
+        parser.error(f"argument --data: a run on {saved['data']} cannot go on with {args.data}")
+    if args.prior_std > 0 and args.data not in MODE_STD:
+        parser.error("argument --prior-std: goes with --data ring or grid only")
+    return args
 
 
-def repeat(update: Callable[[], Tensor], graph: bool) -> Iterator[Tensor]:
-    """Results of update(), endlessly; with ``graph`` its first three warm up and the others replay one CUDA graph."""
-    for _ in range(3):
-        yield update()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                result = update()  # recorded, not run
-        except RuntimeError as error:
-            print(f"{SCRIPT}: no CUDA graph, running eagerly: {str(error).splitlines()[0]}", file=sys.stderr)
-        else:
-            while True:
-                captured.replay()
-                yield result
-    while True:
-        yield update()
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    args = argparse.Namespace(**ACTIONS)
+    try:
+        args = read_flags(argv)
+        action = sample if args.sample else train
+        say(f"the results are in {action(args)}")
+        if WORLD > 1:
+            dist.barrier()  # gloo may stop a rank when another one leaves first
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        if args.out and Path(args.out, "checkpoint.pt").exists():
+            sys.exit(f"stopped; to continue: python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}")
+        sys.exit("stopped before the first checkpoint, so nothing has been saved")
+    except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

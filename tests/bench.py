@@ -1,405 +1,339 @@
-"""Times our training steps against the textbook way to train the same networks, alternately in one process.
+"""Times our training steps in fp32 against two plain ways to train the same networks, in alternating rounds.
 
-    python tests/bench.py                        # every script, on the device at hand
-    python tests/bench.py began --json out.json
-    python tests/bench.py unrolled               # needs ``pip install higher``, for the other side
+    python tests/bench.py                               # every script, on the device at hand
+    python tests/bench.py wgan_gp --no-stddev           # other flags go to the script
+    python tests/bench.py began --precision bf16        # the plain ways stay in fp32
+    python tests/bench.py --against ../older            # only against the same step of another checkout
 
-Prints, for every script: the milliseconds of our step, of our step without a CUDA graph, and of the textbook step; the
-images a second of ours; their ratios (medians over alternating rounds, with the range); the share of the machine's
-measured matrix-product rate that our step's floating-point operations reach; and, on a GPU, the peak memory.
+"Textbook" is how the networks are usually trained: NCHW, a DataLoader, PyTorch's plain Adam and .item() in every step.
+Unrolled GAN is unrolled by the package higher there, if that is installed. "Good plain" is what an expert would write:
+channels last, data on the device, a fused Adam and no .item(), and unrolling over a dict of parameters with one batch.
+Both up-sample and then convolve, pass images through D three times, and take separate backward passes.
+
+Ratios are medians over the rounds, with their range. On one CPU thread the time is the process's own, so that other
+programs disturb less. The share is of the rate that a large matrix product in fp32 reaches on the same machine.
 """
 
 import argparse
 import contextlib
 import copy
-import json
+import functools
+import importlib.util
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.func import functional_call  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-import began
-import common
-import ebgan
-import unrolled_gan
-import wgan_gp
+import began  # noqa: E402
+import common  # noqa: E402
+import ebgan  # noqa: E402
+import unrolled_gan  # noqa: E402
+import wgan_gp  # noqa: E402
 
-ROUNDS = 7
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+ROUNDS = 15
+ACTIVATIONS = {began: F.elu, ebgan: lambda y: y, wgan_gp: lambda y: F.leaky_relu(y, 0.2)}  # after an up-sampling
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """The best floating-point operations a second of a square matrix product."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(8):
-        synchronize(device)
-        begun = time.perf_counter()
-        a @ b
-        synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return 2 * size**3 / min(times)
+def up_and_convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    return layer.activation(F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1))
 
 
-def textbook(network: torch.nn.Module) -> torch.nn.Module:
-    """The same network laid out NCHW, with every up-sampling carried out before its convolution."""
+class Plain:
+    """Networks, data and optimizers of a baseline, either good plain or textbook."""
 
-    def forward(layer, x):
-        y = F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1)
-        return layer.activation(y)
-
-    activations = {began: F.elu, ebgan: lambda y: y, wgan_gp: lambda y: F.leaky_relu(y, 0.2)}
-    for layer in network.modules():
-        for module, activation in activations.items():
-            if type(layer) is module.UpConv:
-                layer.__class__ = type("PlainUpConv", (module.UpConv,), {"forward": forward})
-                layer.activation = activation
-    return network.to(memory_format=torch.contiguous_format)
-
-
-class Pictures(torch.utils.data.Dataset):
-    """Pictures in memory, converted one by one as torchvision's examples do."""
-
-    def __init__(self, images):
-        from torchvision import transforms
-
-        self.pictures = [transforms.functional.to_pil_image(image) for image in images]
-        self.convert = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, index):
-        return self.convert(self.pictures[index])
-
-
-def loader(images, batch_size, device):
-    """Batches for ever, from a DataLoader."""
-    batches = torch.utils.data.DataLoader(Pictures(images), batch_size, shuffle=True, drop_last=True)
-    while True:
-        for batch in batches:
-            yield batch.to(device)
-
-
-def built(module, args, device):
-    """Generator and discriminator or critic, the textbook way, and an Adam for each."""
-    kinds = module.Generator, getattr(module, "Critic", None) or module.Discriminator
-    networks = [textbook(module.build(kind, vars(args))).to(device) for kind in kinds]
-    rate = 1e-3 if module is wgan_gp else args.lr[0] if module is ebgan else args.lr
-    return *networks, *(torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.99)) for network in networks)
-
-
-def began_textbook(args, images, device):
-    """BEGAN as it is usually written: a DataLoader, three passes of D a step, .item() in every step."""
-    generator, discriminator, g_adam, d_adam = built(began, args, device)
-    batches, k = loader(images, args.batch_size, device), 0.0
-
-    def step():
-        nonlocal k
-        real, z = next(batches), torch.rand(args.batch_size, args.latent, device=device) * 2 - 1
-        fake = generator(z)
-        g_adam.zero_grad()
-        began.reconstruction_loss(fake, discriminator(fake), args.eta).backward()  # leaves gradients in D as well
-        g_adam.step()
-        d_adam.zero_grad()
-        real_loss = began.reconstruction_loss(real, discriminator(real), args.eta)
-        fake_loss = began.reconstruction_loss(fake.detach(), discriminator(fake.detach()), args.eta)
-        (real_loss - k * fake_loss).backward()
-        d_adam.step()
-        k = min(max(k + args.lambda_k * (args.gamma * real_loss.item() - fake_loss.item()), 0), 1)
-
-    return step
-
-
-def ebgan_textbook(args, images, device, networks=None):
-    """EBGAN as it is usually written."""
-    generator, discriminator, g_adam, d_adam = networks or built(ebgan, args, device)
-    batches = loader(images, args.batch_size, device)
-
-    def step():
-        real, z = next(batches), torch.rand(args.batch_size, args.latent, device=device) * 2 - 1
-        fake = generator(z)
-        g_adam.zero_grad()
-        reconstructions, codes = discriminator(fake)
-        g_loss = ebgan.generator_loss(ebgan.energy(fake, reconstructions), codes, args.pt_weight)
-        g_loss.backward()
-        g_adam.step()
-        d_adam.zero_grad()
-        energies = [ebgan.energy(v, discriminator(v)[0]) for v in (real, fake.detach())]
-        d_loss = ebgan.discriminator_loss(*energies, args.margin)
-        d_loss.backward()
-        d_adam.step()
-        return d_loss.item(), g_loss.item()
-
-    return step
-
-
-class TheirGenerator(torch.nn.Sequential):
-    """The layers of PyTorch-GAN's ebgan.py, for 32x32 grey."""
-
-    def __init__(self):
-        super().__init__(
-            torch.nn.Linear(62, 128 * 8 * 8), torch.nn.Unflatten(1, (128, 8, 8)),
-            ebgan.UpConv(128, 128), torch.nn.BatchNorm2d(128, 0.8), torch.nn.LeakyReLU(0.2),
-            ebgan.UpConv(128, 64), torch.nn.BatchNorm2d(64, 0.8), torch.nn.LeakyReLU(0.2),
-            torch.nn.Conv2d(64, 1, 3, 1, 1), torch.nn.Tanh())
-
-
-class TheirDiscriminator(torch.nn.Module):
-    """The layers of PyTorch-GAN's ebgan.py, for 32x32 grey."""
-
-    def __init__(self):
-        super().__init__()
-        self.code = torch.nn.Sequential(torch.nn.Conv2d(1, 64, 3, 2, 1), torch.nn.ReLU(), torch.nn.Flatten(),
-                                        torch.nn.Linear(64 * 16 * 16, 32))
-        self.wide = torch.nn.Sequential(torch.nn.BatchNorm1d(32, 0.8), torch.nn.ReLU(),
-                                        torch.nn.Linear(32, 64 * 16 * 16), torch.nn.BatchNorm1d(64 * 16 * 16),
-                                        torch.nn.ReLU(), torch.nn.Unflatten(1, (64, 16, 16)))
-        self.up = ebgan.UpConv(64, 1)
-
-    def forward(self, images):
-        code = self.code(images)
-        return self.up(self.wide(code)), code
-
-
-def theirs(kind, config):
-    """In the place of ``ebgan.build``."""
-    network = TheirGenerator() if kind is ebgan.Generator else TheirDiscriminator()
-    return network.to(memory_format=torch.channels_last)
-
-
-def their_script(args, images, device):
-    """The step of PyTorch-GAN's ebgan.py: its networks, NCHW, its losses and the calls of its loop."""
-    generator, discriminator = (textbook(theirs(kind, {})).to(device)
-                                for kind in (ebgan.Generator, ebgan.Discriminator))
-    g_adam, d_adam = (torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
-                      for network in (generator, discriminator))
-    batches, mse = loader(images, args.batch_size, device), torch.nn.MSELoss()
-
-    def step():
-        real, z = next(batches), torch.randn(args.batch_size, 62, device=device)
-        g_adam.zero_grad()
-        fake = generator(z)
-        reconstructions, codes = discriminator(fake)
-        directions = codes / codes.pow(2).sum(1, keepdim=True).sqrt()
-        similarity, n = directions @ directions.T, len(codes)
-        g_loss = mse(reconstructions, fake.detach()) + 0.1 * (similarity.sum() - n) / (n * (n - 1))
-        g_loss.backward()
-        g_adam.step()
-        d_adam.zero_grad()
-        real_loss = mse(discriminator(real)[0], real)
-        fake_loss = mse(discriminator(fake.detach())[0], fake.detach())
-        d_loss = real_loss
-        if (1 - fake_loss.data).item() > 0:
-            d_loss = d_loss + 1 - fake_loss
-        d_loss.backward()
-        d_adam.step()
-        return d_loss.item(), g_loss.item()
-
-    return step
-
-
-def unrolled_textbook(args, images, device):
-    """The calls of the public unroll_gan: networks as ours, data and noise by numpy, every unrolled step on new points,
-    by the package ``higher`` (to be installed in this program's environment only)."""
-    means, _ = unrolled_gan.mixture(args.data)
-    relu, linear, adam = torch.nn.ReLU, torch.nn.Linear, torch.optim.Adam
-    generator, discriminator = (
-        torch.nn.Sequential(linear(inputs, 128), relu(), linear(128, 128), relu(), linear(128, outputs)).to(device)
-        for inputs, outputs in ((args.latent, 2), (2, 1)))
-    g_adam, d_adam = (adam(network.parameters(), lr=rate, betas=(0.5, 0.999))
-                      for network, rate in ((generator, args.lr[0]), (discriminator, args.lr[-1])))
-    tensor = lambda array: torch.from_numpy(array.astype("float32")).to(device)
-    modes = lambda: means.numpy()[np.random.choice(8, args.batch_size, p=[1 / 8] * 8)]
-    real = lambda: tensor(np.random.normal(loc=modes(), scale=0.02))
-    noise = lambda: tensor(np.random.normal(size=(args.batch_size, args.latent)))
-
-    def losses(network, fake):
-        x, y = torch.sigmoid(network(real())), torch.sigmoid(network(fake))
-        return -x.log().mean(), -(1 - y).log().mean()
-
-    def step():
-        d_adam.zero_grad()
-        with torch.no_grad():
-            fake = generator(noise())
-        parts = losses(discriminator, fake)
-        sum(parts).backward()
-        d_adam.step()
-        [part.item() for part in parts]
-        g_adam.zero_grad()
-        d_adam.zero_grad()
-        if args.unroll_steps:
-            import higher
-
-            backup = copy.deepcopy(discriminator)
-            with higher.innerloop_ctx(discriminator, d_adam) as (network, optimizer):
-                for _ in range(args.unroll_steps):
-                    parts = losses(network, generator(noise()))
-                    optimizer.step(sum(parts))
-                    [part.item() for part in parts]
-                g_loss = -torch.sigmoid(network(generator(noise()))).log().mean()
-                g_loss.backward()
-            discriminator.load_state_dict(backup.state_dict())
+    def __init__(self, module: ModuleType, args: argparse.Namespace, data: Tensor, good: bool):
+        self.args, self.data, self.good, self.k, self.done = args, data.to(args.device), good, 0.0, 0
+        self.batches = self.draw()
+        if module is unrolled_gan:
+            self.generator, self.discriminator = (
+                nn.Sequential(nn.Linear(inputs, args.width), nn.ReLU(), nn.Linear(args.width, args.width), nn.ReLU(),
+                              nn.Linear(args.width, outputs)) for inputs, outputs in ((args.latent, 2), (2, 1)))
         else:
-            g_loss = -torch.sigmoid(discriminator(generator(noise()))).log().mean()
-            g_loss.backward()
-        g_adam.step()
-        return g_loss.item()
+            kinds = module.Generator, getattr(module, "Critic", None) or module.Discriminator
+            with mock.patch.object(wgan_gp, "pixel_norm", lambda x: x / (x.square().mean(1, True) + 1e-8).sqrt()):
+                self.generator, self.discriminator = (module.build(kind, vars(args)) for kind in kinds)
+        for network in self.generator, self.discriminator:
+            for layer in network.modules():
+                if "UpConv" in type(layer).__name__:
+                    layer.activation = ACTIVATIONS[module]
+                    layer.__class__ = type("PlainUpConv", (type(layer),), dict(forward=up_and_convolve))
+            network.to(args.device, memory_format=torch.channels_last if good else torch.contiguous_format)
+        self.adam_g, self.adam_d = (torch.optim.Adam(network.parameters(), 2e-4, (0.5, 0.99), fused=good or None)
+                                    for network in (self.generator, self.discriminator))
+        self.average = copy.deepcopy(self.generator)
 
-    return step
+    def draw(self) -> Iterator[Tensor]:
+        """Batches of points or of pictures on the device, or of PIL's pictures from a DataLoader."""
+        data, count = self.data, self.args.batch_size
+        while data.ndim == 2:
+            modes = data[torch.randint(len(data), (count,), device=data.device)]
+            yield modes + 0.02 * torch.randn_like(modes)
+        while self.good:
+            yield common.normalise(data[torch.randint(len(data), (count,), device=data.device)])
+        from torchvision.transforms import functional
 
+        pictures = [functional.to_pil_image(image) for image in data]
+        loader = torch.utils.data.DataLoader(pictures, count, shuffle=True, drop_last=True, collate_fn=lambda batch:
+                                             torch.stack([functional.to_tensor(one) * 2 - 1 for one in batch]))
+        while True:
+            for batch in loader:
+                yield batch.to(self.args.device)
 
-def wgan_textbook(args, images, device):
-    """WGAN-GP as it is usually written. Dropout and standard deviation are PyTorch's own."""
-    generator, critic, g_adam, c_adam = built(wgan_gp, args, device)
-    average = copy.deepcopy(generator)
-    batches = loader(images, args.batch_size, device)
+    def samples(self) -> Tensor:
+        return self.generator(torch.randn(self.args.batch_size, self.args.latent, device=self.args.device))
 
-    def stddev(x):
-        spread = (x.var(dim=0, correction=0) + 1e-8).sqrt().mean()
-        return torch.cat([x, spread.expand(len(x), 1, *x.shape[2:])], dim=1)
-
-    @mock.patch.multiple(wgan_gp, minibatch_stddev=stddev, dropout=F.dropout)
-    def step():
-        for _ in range(args.n_critic):
-            real, z = next(batches), torch.randn(args.batch_size, args.latent, device=device)
-            fake = generator(z).detach()
-            c_adam.zero_grad()
-            real_scores, fake_scores = critic(real), critic(fake)
-            epsilon = torch.rand(len(real), 1, 1, 1, device=device)
-            between = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
-            scores = critic(between)
-            gradient = torch.autograd.grad(scores, between, torch.ones_like(scores), create_graph=True)[0]
-            penalty = ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
-            c_loss = wgan_gp.critic_loss(real_scores, fake_scores, penalty, args.gp_weight, args.drift)
-            c_loss.backward()
-            c_adam.step()
-        g_adam.zero_grad()
-        g_loss = -critic(generator(torch.randn(args.batch_size, args.latent, device=device))).mean()
-        g_loss.backward()  # leaves gradients in the critic as well
-        g_adam.step()
-        for mean, parameter in zip(average.parameters(), generator.parameters()):
-            mean.data.mul_(args.ema).add_(parameter.data, alpha=1 - args.ema)
-        return c_loss.item(), g_loss.item()
-
-    return step
+    def read(self, *values: Tensor) -> list:
+        """Read numbers back from the device, unless the baseline is a good one."""
+        return list(values) if self.good else [value.item() for value in values]
 
 
-BENCHES = {  # name: script, its flags, what it is timed against, what takes the place of its networks
-    "began": (began, [], began_textbook, None),
-    "ebgan": (ebgan, [], ebgan_textbook, None),
-    "ebgan-paper": (ebgan, ["--layers", "paper", "--image-size", "64", "--batch-size", "16"], ebgan_textbook, None),
-    "ebgan-pytorch-gan": (ebgan, ["--latent", "62"], their_script, theirs),
-    "unrolled": (unrolled_gan, ["--activation", "relu"], unrolled_textbook, None),
-    "unrolled-0": (unrolled_gan, ["--activation", "relu", "--unroll-steps", "0"], unrolled_textbook, None),
-    "wgan_gp": (wgan_gp, [], wgan_textbook, None),
+def descend(adam: torch.optim.Adam, loss: Tensor) -> None:
+    """Gradients of L_G are left in D as well."""
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+
+
+def began_step(plain: Plain) -> None:
+    args, discriminator = plain.args, plain.discriminator
+    fake = plain.samples()
+    descend(plain.adam_g, began.reconstruction_loss(fake, discriminator(fake), args.eta))
+    real_loss, fake_loss = (began.reconstruction_loss(v, discriminator(v), args.eta)
+                            for v in (next(plain.batches), fake.detach()))
+    descend(plain.adam_d, real_loss - plain.k * fake_loss)
+    [plain.k] = plain.read(began.balance(plain.k, real_loss, fake_loss, args.gamma, args.lambda_k)[0])
+
+
+def ebgan_step(plain: Plain) -> None:
+    fake = plain.samples()
+    reconstructions, codes = plain.discriminator(fake)
+    loss_g = ebgan.generator_loss(ebgan.energy(fake, reconstructions), codes, plain.args.pt_weight)
+    descend(plain.adam_g, loss_g)
+    energies = [ebgan.energy(v, plain.discriminator(v)[0]) for v in (next(plain.batches), fake.detach())]
+    loss_d = ebgan.discriminator_loss(*energies, plain.args.margin)
+    descend(plain.adam_d, loss_d)
+    plain.read(loss_d, loss_g)
+
+
+def stddev(x: Tensor, _: int) -> Tensor:
+    deviation = (x.var(dim=0, correction=0) + 1e-8).sqrt().mean()
+    return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], dim=1)
+
+
+@mock.patch.multiple(wgan_gp, minibatch_stddev=stddev, dropout=F.dropout, leaky_relu=lambda x: F.leaky_relu(x, 0.2))
+def wgan_gp_step(plain: Plain) -> None:
+    args, critic = plain.args, plain.discriminator
+    for _ in range(args.n_critic):
+        real = next(plain.batches)
+        with torch.no_grad():
+            fake = plain.samples()
+        epsilon = torch.rand(len(real), 1, 1, 1, device=args.device)
+        between = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
+        gradient = torch.autograd.grad(critic(between).sum(), between, create_graph=True)[0]
+        penalty = ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+        loss_c = wgan_gp.critic_loss(critic(real), critic(fake), penalty, args.gp_weight, args.drift)
+        descend(plain.adam_d, loss_c)
+    loss_g = -critic(plain.samples()).mean()
+    descend(plain.adam_g, loss_g)
+    for mean, parameter in zip(plain.average.parameters(), plain.generator.parameters()):
+        mean.data.lerp_(parameter.data, 1 - args.ema)
+    plain.read(loss_c, loss_g)
+
+
+def unrolled_gan_step(plain: Plain) -> None:
+    real, fake, discriminator = next(plain.batches), plain.samples(), plain.discriminator
+
+    def loss(theta: dict[str, Tensor], fake: Tensor = fake) -> Tensor:
+        logits = (functional_call(discriminator, theta, (points,)) for points in (real, fake))
+        return unrolled_gan.discriminator_loss(*logits)
+
+    now = dict(discriminator.named_parameters())
+    theta = plain_unroll(now, plain.adam_d, loss, plain.args.unroll_steps, plain.done)
+    losses = F.softplus(-functional_call(discriminator, theta, (fake,))).mean(), loss(now, fake.detach())
+    descend(plain.adam_g, losses[0])
+    descend(plain.adam_d, losses[1])
+    plain.done += 1
+    plain.read(*losses)
+
+
+def plain_unroll(theta: dict[str, Tensor], adam: torch.optim.Adam, loss: Callable, steps: int, done: int) -> dict:
+    """Parameters after more ``steps`` of an Adam that has ``done`` some, differentiably."""
+    [group] = adam.param_groups
+    beta1, beta2 = group["betas"]
+    m, v = ([adam.state.get(p, {}).get(name, 0) for p in theta.values()] for name in ("exp_avg", "exp_avg_sq"))
+    for t in range(done + 1, done + steps + 1):
+        gradients = torch.autograd.grad(loss(theta), list(theta.values()), create_graph=True)
+        m = [beta1 * a + (1 - beta1) * g for a, g in zip(m, gradients)]
+        v = [beta2 * a + (1 - beta2) * g * g for a, g in zip(v, gradients)]
+        roots = [(a.clamp(min=1e-36) / (1 - beta2**t)).sqrt() + group["eps"] for a in v]
+        m_hat = [group["lr"] / (1 - beta1**t) * a for a in m]
+        theta = {name: p - a / root for (name, p), a, root in zip(theta.items(), m_hat, roots)}
+    return theta
+
+
+def higher_step(plain: Plain) -> None:
+    """The calls of the public unroll_gan, with new points in every unrolled step."""
+    import higher
+    discriminator, adam = plain.discriminator, plain.adam_d
+
+    def losses(network: nn.Module, fake: Tensor) -> list[Tensor]:
+        return [-network(next(plain.batches)).sigmoid().log().mean(), -(1 - network(fake).sigmoid()).log().mean()]
+
+    parts = losses(discriminator, plain.samples().detach())
+    descend(adam, sum(parts))
+    plain.read(*parts)
+    adam.zero_grad()
+    backup = copy.deepcopy(discriminator)
+    with higher.innerloop_ctx(discriminator, adam) as (network, optimizer):
+        for _ in range(plain.args.unroll_steps):
+            parts = losses(network, plain.samples())
+            optimizer.step(sum(parts))
+            plain.read(*parts)
+        loss_g = -network(plain.samples()).sigmoid().log().mean()
+        descend(plain.adam_g, loss_g)
+    discriminator.load_state_dict(backup.state_dict())
+    plain.read(loss_g)
+
+
+BENCHES = {  # name: script, its flags, the plain step
+    "began": (began, "--precision fp32", began_step),
+    "ebgan": (ebgan, "--precision fp32", ebgan_step),
+    "unrolled_gan": (unrolled_gan, "--activation relu", unrolled_gan_step),
+    "unrolled_gan-0": (unrolled_gan, "--activation relu --unroll-steps 0", unrolled_gan_step),
+    "wgan_gp": (wgan_gp, "--precision fp32", wgan_gp_step),
 }
 
 
 class Stop(Exception):
-    """Leaves ``train`` with the step in hand."""
+    """Leaves ``train`` with its step in hand."""
 
 
-def our_step(module, args, images, networks):
-    """The ``update`` that ``train`` repeats, and how its batches are refilled."""
-    taken = {"refill": lambda: None}
+def our_step(module: ModuleType, flags: list[str]) -> tuple[Callable, dict]:
+    """One turn of the loop in ``train`` (random numbers, batches and ``update``), and the variables of ``train``."""
+    found, seed, old = {}, torch.manual_seed, hasattr(module, "repeat")  # which ran the step until commit a704000
 
-    def repeat(update, _):
-        taken.update(update=update)
-        raise Stop
+    def leave(*inputs: object) -> None:
+        """In the place of torch.manual_seed: stop before the second step. In the place of ``repeat``: at once."""
+        caller = sys._getframe(1).f_locals
+        if old or caller.get("step") == 1:
+            found.update(caller)
+            raise Stop
+        seed(*inputs)
 
-    class Batches(common.Batches):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            taken.update(refill=self.refill)
+    def noise(source: str, size: int, *_: object, **__: object) -> Tensor:
+        return torch.randint(256, (2048, 1 if source == "digits" else 3, size, size)).byte()
 
-    with tempfile.TemporaryDirectory() as args.out, mock.patch.object(module, "repeat", repeat), \
-            mock.patch.object(module, "build", networks or module.build), \
-            mock.patch.multiple(common, load_images=lambda *_: images, Batches=Batches), contextlib.suppress(Stop):
+    if old:
+        args = module.parser().settings(flags)
+    else:
+        args = module.make_parser().parse_args(flags, argparse.Namespace(**module.ACTIONS))
+    with tempfile.TemporaryDirectory() as args.out, contextlib.suppress(Stop), contextlib.redirect_stdout(None), \
+            mock.patch.object(module.common, "load_images", noise), \
+            mock.patch.object(*(module, "repeat") if old else (torch, "manual_seed"), leave):
         module.train(args)
-    return taken["update"], taken["refill"]
+    update, batches = found["update"], found.get("batches") or found.get("data")
+    step_once, graph = update, args.graph and args.device == "cuda"
+    if old:
+        step_once = functools.partial(next, module.repeat(update, graph))
+    elif graph:
+        step_once = module.cuda_graph(update)
+
+    def turn() -> None:
+        torch.manual_seed(1)
+        if batches:
+            batches.refill()
+        step_once()
+
+    for _ in range(5):
+        turn()  # records the graph before another contestant changes the stream
+    if args.device == "cuda":
+        found["peak"] = f", peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+    return turn, found
 
 
-def bench(name: str, device: torch.device, seconds: float, extra: list[str]) -> dict:
-    module, flags, make_textbook, networks = BENCHES[name]
-    args = module.parser().settings([*flags, *extra, "--device", device.type])
-    size, channels = 2 if module is unrolled_gan else args.image_size, 1 if module is ebgan else 3
-    images = torch.randint(256, (2048, channels, size, size), dtype=torch.uint8)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    step, refill = our_step(module, args, images, networks)
-    contestants = {"ours": module.repeat(step, device.type == "cuda")}
-    if device.type == "cuda":
-        contestants["eager"] = module.repeat(our_step(module, args, images, networks)[0], False)
-    contestants["textbook"] = iter(make_textbook(args, images, device), False)
-    peaks = {}
-    for name_, run in contestants.items():  # ours first: its peak is its own
-        for _ in range(5):
-            next(run)
-        if device.type == "cuda":
-            peaks[name_] = torch.cuda.max_memory_allocated(device) / 2**20
-    times = {name: [] for name in contestants}
-    for _ in range(ROUNDS):
-        for name_, run in contestants.items():
-            synchronize(device)
-            begun, count = time.perf_counter(), 0
-            while time.perf_counter() - begun < seconds / ROUNDS / len(contestants):
-                refill()
-                next(run)
-                synchronize(device)
-                count += 1
-            times[name_].append((time.perf_counter() - begun) / count)
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = contextlib.nullcontext()  # its hooks on modules do not work under autograd.grad
-    counter.mod_tracker.parents = {"Global"}
-    with counter:
+def load_from(folder: str, name: str) -> ModuleType:
+    """Import a script and its common.py from another folder, beside those already imported."""
+    kept = {imported: sys.modules.pop(imported) for imported in ("common", name)}
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+        sys.modules.update(kept)
+
+
+def time_of(step: Callable, device: str, seconds: float = 0.0) -> float:
+    """Seconds that a step takes, repeated for so many seconds."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    started, count = clock(), 0
+    while count == 0 or clock() - started < seconds:
         step()
-    ours, flops, rate = statistics.median(times["ours"]), counter.get_total_flops(), matrix_rate(device)
-    result = {"script": name, "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "batch_size": args.batch_size, "image_size": size, "gflop_per_step": flops / 1e9,
-              "matrix_gflop_per_s": rate / 1e9, "share_of_matrix_rate": flops / ours / rate}
-    for name_, values in times.items():
-        result[f"{name_}_ms"] = 1000 * statistics.median(values)
-        ratios = [value / our for value, our in zip(values, times["ours"])]
-        result[f"{name_}_over_ours"] = [min(ratios), statistics.median(ratios), max(ratios)]
-    result["images_per_s"] = args.batch_size / ours
-    return result | ({"peak_mib": peaks["ours"]} if peaks else {})
+        count += 1
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return (clock() - started) / count
+
+
+def bench(name: str, device: str, seconds: float, against: str | None, extra: list[str]) -> None:
+    module, flags, plain_step = BENCHES[name]
+    flags = [*flags.split(), "--device", device, *extra]
+    ours, found = our_step(module, flags)
+    steps, args = dict(ours=ours), found["args"]
+    if device == "cuda":
+        steps["eager"], _ = our_step(module, [*flags, "--no-graph"])
+    if against:
+        steps["against"], _ = our_step(load_from(against, module.__name__), flags)
+    else:
+        data = unrolled_gan.mixture("ring")[0] if module is unrolled_gan else found["images"]
+        good, textbook = (Plain(module, args, data, kind) for kind in (True, False))
+        steps["good plain"] = lambda: plain_step(good)
+        if module is not unrolled_gan or args.unroll_steps == 0:
+            steps["textbook"] = lambda: plain_step(textbook)
+        elif importlib.util.find_spec("higher"):
+            steps["textbook"] = lambda: higher_step(textbook)
+
+    for step in [*steps.values()] * 5:  # to warm up
+        step()
+    size = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device)
+    rounds = [{kind: time_of(step, device, seconds / ROUNDS / len(steps)) for kind, step in steps.items()}
+              | dict(product=time_of(lambda: a @ b, device)) for _ in range(ROUNDS)]
+    rate = 2 * size**3 / min(times["product"] for times in rounds) / 1e9
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = mock.MagicMock(parents={"Global"})  # the hooks of the real one fail under autograd.grad
+    with counter:
+        found["update"]()
+    operations, middle = counter.get_total_flops() / 1e9, statistics.median(times["ours"] for times in rounds)
+    print(f"{name} ({' '.join(flags)}): {args.batch_size / middle:.0f} images/s, {operations:.2f} GFLOP a step, "
+          f"{operations / middle / rate:.0%} of the {rate:.0f} GFLOP/s of a matrix product{found.get('peak', '')}")
+    for kind in steps:
+        ratios = [times[kind] / times["ours"] for times in rounds]
+        milliseconds = 1000 * statistics.median(times[kind] for times in rounds)
+        print(f"  {kind}: {milliseconds:.2f} ms, {statistics.median(ratios):.3f} times ours "
+              f"({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", nargs="*", default=list(BENCHES), help="which; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHES)}; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=40, help="time spent on a script")
-    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    parser.add_argument("--seconds", type=float, default=60, help="time spent on a script")
+    parser.add_argument("--against", metavar="FOLDER", help="another checkout of this repository")
     options, extra = parser.parse_known_args()
-    results = [bench(name, torch.device(options.device), options.seconds, extra) for name in options.scripts]
-    for result in results:
-        low, middle, high = result["textbook_over_ours"]
-        print("{script}: {ours_ms:.1f} ms a step, {images_per_s:.0f} images/s; the textbook {textbook_ms:.1f} ms, "
-              .format(**result) + f"{middle:.2f} times ours ({low:.2f} to {high:.2f})")
-        print("  {gflop_per_step:.1f} GFLOP a step: {share:.0f} % of the {matrix_gflop_per_s:.0f} GFLOP/s of a matrix "
-              "product".format(share=100 * result["share_of_matrix_rate"], **result))
-        if "eager_ms" in result:
-            print(f"  without a graph {result['eager_ms']:.1f} ms: {result['eager_over_ours'][1]:.2f} times ours; "
-                  f"peak memory {result['peak_mib']:.0f} MiB")
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1))
+    for name in options.names or BENCHES:
+        bench(name, options.device, options.seconds, options.against, extra)
 
 
 if __name__ == "__main__":

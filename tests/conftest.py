@@ -1,6 +1,7 @@
 """What the tests share: a small folder of pictures, the scripts with tiny settings, and ways to run them."""
 
 import csv
+import functools
 import importlib
 import os
 import random
@@ -15,21 +16,21 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+torch.set_num_threads(1)  # on tiny tensors, more threads only wait for each other
 for number, handler in (signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler):
-    signal.signal(number, handler)  # the runs that tests signal would inherit what nohup or a shell's & has set
+    signal.signal(number, handler)  # nohup, or an & in a shell, would have the tests' processes ignore them
 
-IMAGE = "--image-size 16 --batch-size 4 --precision fp32".split()
-COMMON = "--steps 6 --log-every 2 --sample-every 3 --save-every 2 --device cpu".split()
+RUN = "--steps 6 --every 2 --device cpu --batch-size 4".split()
+IMAGE = [*RUN, *"--image-size 16 --precision fp32".split()]
 TINY = {
-    "began": [*IMAGE, *COMMON, "--width", "4", "--latent", "8", "--gamma", "0.5", "--lambda-k", "0.5",
-              "--lr-patience", "150"],
-    "ebgan": [*IMAGE, *COMMON, "--g-width", "8", "--d-width", "4", "--latent", "8", "--code", "8"],
-    "unrolled_gan": ["--batch-size", "4", *COMMON, "--width", "8", "--latent", "4", "--unroll-steps", "2"],
-    "wgan_gp": [*IMAGE, *COMMON, "--width", "2", "--latent", "8", "--n-critic", "2",
-                "--lr", "5e-4~2e-3"],
+    "began": [*IMAGE, *"--width 4 --latent 8 --gamma 0.5 --lambda-k 0.5".split()],
+    "ebgan": [*IMAGE, *"--g-width 8 --d-width 4 --latent 8 --code 8".split()],
+    "unrolled_gan": [*RUN, *"--width 8 --latent 4 --unroll-steps 2".split()],
+    "wgan_gp": [*IMAGE, *"--width 2 --latent 8 --n-critic 2 --lr 5e-4~2e-3".split()],
 }
 SCRIPTS = sorted(TINY)
+module, load = importlib.import_module, functools.partial(torch.load, weights_only=True)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +47,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_flags(pictures, tmp_path_factory) -> dict[str, list[str]]:
-    """The --data flags that each script's tests train on."""
+    """The --data flags with which each script is tested."""
     folder = ["--data", str(pictures), "--data-root", str(tmp_path_factory.mktemp("data"))]
     return {script: folder for script in SCRIPTS} | {"unrolled_gan": ["--data", "ring"]}
 
@@ -58,20 +59,14 @@ def script(request) -> str:
 
 @pytest.fixture
 def flags(script, data_flags) -> list[str]:
-    """Settings with which the script trains in a second or two."""
     return TINY[script] + data_flags[script]
 
 
 @pytest.fixture
 def double():
-    """Everything in float64, where rounding cannot hide a difference."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def module(script: str):
-    return importlib.import_module(script)
 
 
 def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
@@ -79,37 +74,28 @@ def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / f"{script}.py"), *arguments]
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
 def run(script: str, *arguments: str, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Runs a script as a user does, in its own process."""
     return subprocess.run(command(script, *arguments, ranks=ranks), cwd=cwd, env=ENVIRONMENT, text=True,
                           capture_output=True, timeout=240)
 
 
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
 def flat(item, name: str = "") -> dict[str, object]:
     """A nested state as {path: leaf}."""
-    if isinstance(item, dict):
-        return {path: leaf for key, value in item.items() for path, leaf in flat(value, f"{name}/{key}").items()}
-    if isinstance(item, (list, tuple)):
-        return {path: leaf for key, value in enumerate(item) for path, leaf in flat(value, f"{name}/{key}").items()}
-    return {name: item}
+    if not isinstance(item, (dict, list, tuple)):
+        return {name: item}
+    items = item.items() if isinstance(item, dict) else enumerate(item)
+    return {path: leaf for key, value in items for path, leaf in flat(value, f"{name}/{key}").items()}
 
 
 def same_state(one: dict, two: dict) -> bool:
-    """Whether two checkpoints hold the same state and random numbers, to the bit."""
-    one, two = ({path: leaf for path, leaf in flat(content).items() if "/config" not in path} for content in (one, two))
+    """Whether two checkpoints are of the same step and hold the same state, to the bit."""
+    one, two = (flat([content["step"], content["state"]]) for content in (one, two))
     return one.keys() == two.keys() and all(
-        torch.equal(leaf, two[path]) if isinstance(leaf, torch.Tensor) else leaf == two[path]
-        for path, leaf in one.items())
+        torch.equal(*pair) if isinstance(pair[0], torch.Tensor) else pair[0] == pair[1]
+        for pair in zip(one.values(), map(two.get, one)))
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without its clock."""
+    """The rows of metrics.csv."""
     with open(folder / "metrics.csv") as file:
-        return [{name: cell for name, cell in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))

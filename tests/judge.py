@@ -1,25 +1,22 @@
 """Scores generated images with a small classifier of the dataset that they imitate.
 
-    python tests/judge.py faces runs/began-001/checkpoint.pt     # 2,000 samples from a checkpoint of any image script
-    python tests/judge.py mnist runs/ebgan-001/sample-001        # a folder of PNGs
-    python tests/judge.py stacked-mnist runs/unrolled_gan-001/checkpoint.pt    # 1,000 modes, in 25,600 samples
+    python tests/judge.py faces runs/began-001               # 2,000 samples of a run. Takes checkpoints and PNGs too
+    python tests/judge.py stacked-mnist runs/wgan_gp-001     # 1,000 modes, in 25,600 samples
 
 frechet       Fréchet distance to real images, as a multiple of the distance of held-out real images: 1 is perfect
 precision     fraction of the samples that lie among real images: how many of them look right
 recall        fraction of the real images that lie among samples: how much of the variety is covered
 least_class   fraction of the samples in the class that the classifier finds least often
 kl            KL divergence of the samples' class frequencies from the real ones, in nats
-modes         of stacked digits: how many of the 1,000 numbers are found; their kl is from even shares
+modes         of stacked digits: how many of the 1,000 numbers are found. Here kl is the divergence from even shares
 
-Distances are between the classifier's features, whitened (but for --raw) so that small details count as much as the
-label does. The classifier is trained on images that no run sees; of MNIST it has nine tenths, and the rest is held out.
-A point lies among others if it is closer to one of them than that one's third nearest neighbour (Kynkäänniemi et al.,
-2019, arXiv:1904.06991). Precision and recall of held-out real images are about 0.8.
+Features are the classifier's, whitened (but not with --raw), so that small details count as much as the label does. The
+classifier is trained on images that no run sees, or on nine tenths of MNIST. A point lies among others if it is closer
+to one of them than that one's third nearest neighbour (Kynkäänniemi et al., 2019, arXiv:1904.06991).
 """
 
 import argparse
 import importlib
-import math
 import random
 import sys
 from pathlib import Path
@@ -40,9 +37,7 @@ VERSION = 1  # increase it when a drawing, or anything else in a judge, changes
 def load_labels(source: str, root: str = "data") -> Tensor:
     """The classes of digits, faces, fish, mnist, fashion, cifar10, or stacked digits (0 to 999): int64 [N]."""
     if source in common.DRAWN:
-        draw = common.DRAWN[source][0]
-        seeds = (f"{common.DRAWN_SEED}-{index}" for index in range(common.DRAWN_COUNT))
-        return torch.tensor([draw(random.Random(seed), 8)[1] for seed in seeds])
+        return drawings(source, common.DRAWN_SEED, common.DRAWN_COUNT, 8)[1]
     if source in common.STACKED:
         digits = load_labels(common.STACKED[source], root)
         return digits[common._stacked(len(digits))] @ torch.tensor([100, 10, 1])
@@ -54,7 +49,7 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, size: int, classes: int):
         super().__init__()
-        widths = [min(128, 32 << level) for level in range(int(math.log2(size // 4)))]
+        widths = [min(128, 32 << level) for level in range(size.bit_length() - 3)]  # 32x32 to 4x4: 3 levels
         blocks = []
         for inputs, outputs in zip([channels, *widths], widths):
             blocks += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
@@ -67,35 +62,25 @@ class Classifier(nn.Module):
 
 
 def trained(images: Tensor, labels: Tensor, steps: int) -> Classifier:
-    """A classifier trained on images [N, C, size, size], each batch of which is shifted by up to two pixels."""
     torch.manual_seed(0)
     classifier = Classifier(images.shape[1], images.shape[2], int(labels.max()) + 1)
     adam = torch.optim.Adam(classifier.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for _ in range(steps):
         index = torch.randint(len(images), (128,))
-        batch = images[index].roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
-        loss = F.cross_entropy(classifier(batch)[1], labels[index])
+        batch = images[index].roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))  # shifted by up to two pixels
         adam.zero_grad()
-        loss.backward()
+        F.cross_entropy(classifier(batch)[1], labels[index]).backward()
         adam.step()
         schedule.step()
     return classifier.eval()
-
-
-def whitening(features: Tensor) -> Tensor:
-    """The matrix [D, d] that gives these features [N, D] unit covariance in the d directions in which they vary."""
-    values, vectors = torch.linalg.eigh(features.double().T.cov())
-    used = values > 1e-4 * values.max()
-    return (vectors[:, used] / values[used].sqrt()).float()
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of normals fitted to features a and b [N, D]: |mean|^2 + tr(A + B - 2 (A B)^1/2)."""
     a, b = a.double(), b.double()
     roots = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0).sqrt()
-    gap = (a.mean(0) - b.mean(0)).square().sum()
-    return (gap + a.T.cov().trace() + b.T.cov().trace() - 2 * roots.sum()).item()
+    return ((a.mean(0) - b.mean(0)).square().sum() + (a.T.cov() + b.T.cov()).trace() - 2 * roots.sum()).item()
 
 
 def among(points: Tensor, others: Tensor, neighbours: int = 3) -> float:
@@ -104,38 +89,42 @@ def among(points: Tensor, others: Tensor, neighbours: int = 3) -> float:
     return (torch.cdist(points, others) <= radii).any(1).double().mean().item()
 
 
+def to_tensor(pictures: list[Image.Image], channels: int) -> Tensor:
+    pixels = np.stack([np.asarray(picture).reshape(*picture.size, channels) for picture in pictures])
+    return common.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
 def drawings(data: str, seed: int, count: int, size: int) -> tuple[Tensor, Tensor]:
     """Images [count, C, size, size] of a generated dataset, and their labels. Runs are trained on seed 0."""
     draw, channels = common.DRAWN[data]
     images, labels = zip(*(draw(random.Random(f"{seed}-{index}"), size) for index in range(count)))
-    pixels = np.stack([np.asarray(image).reshape(size, size, channels) for image in images])
-    return common.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)), torch.tensor(labels)
+    return to_tensor(images, channels), torch.tensor(labels)
 
 
 class Judge:
     """Scores images of a labelled dataset. It is trained in a minute or two, then kept in the folder ``root``/cache."""
 
-    def __init__(self, data: str, root: str = "data", size: int = 32, count: int = 6000, steps: int = 1500,
-                 raw: bool = False):
+    def __init__(self, data: str, root: str = "data", size: int = 32, count: int = 6000, steps: int = 1500, raw=False):
         path = Path(root, f"cache/judge{VERSION}-{data}-{size}-{count}-{steps}.pt")
         with torch.random.fork_rng(devices=[]):
             if not path.exists():
                 content = self._train(data, root, size, count, steps)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(content, path)
+                with common.atomic_write(path) as file:
+                    torch.save(content, file)
             content = torch.load(path, weights_only=True)
             self.classifier = Classifier(*content["shape"]).eval()
         self.classifier.load_state_dict(content["classifier"])
         self.accuracy, self.frequencies = content["accuracy"], content["frequencies"]
-        self.whiten = torch.eye(64) if raw else whitening(content["real"])
+        values, vectors = torch.linalg.eigh(content["real"].double().T.cov())
+        used = values > 1e-4 * values.max()  # directions in which the features vary
+        self.whiten = torch.eye(64) if raw else (vectors[:, used] / values[used].sqrt()).float()
         self.real, self.held_out = content["real"] @ self.whiten, content["held_out"] @ self.whiten
         self.unit = frechet(self.held_out, self.real)
 
     def _train(self, data: str, root: str, size: int, count: int, steps: int) -> dict:
         """The classifier, and its features of two sets of real images: those to compare with, and those held out."""
         if data in common.DRAWN:
-            seen, labels = drawings(data, 1, count, size)
-            images, classes = drawings(data, 2, count, size)
+            (seen, labels), (images, classes) = drawings(data, 1, count, size), drawings(data, 2, count, size)
             real, held_out, held_classes = images[count // 3:], images[:count // 3], classes[:count // 3]
         else:
             images, classes = common.load_images(data, size, root=root), load_labels(data, root)
@@ -168,46 +157,40 @@ class Judge:
 
 
 def modes(digits: Judge, images: Tensor) -> dict[str, float]:
-    """Of stacked digits [N, 3, size, size]: how many of the 1,000 numbers ``digits`` reads in them, and their KL.
-
-    KL(h || 1 / 1,000) in nats, where h are the shares of the numbers (Metz et al., 2016, table 1).
-    """
-    red, green, blue = (digits.look(images[:, channel:channel + 1].clamp(-1, 1))[1] for channel in range(3))
+    """How many of the 1,000 numbers are in stacked digits [N, 3, size, size], and KL(shares || 1 / 1,000) in nats."""
+    red, green, blue = (digits.look(channel.clamp(-1, 1))[1] for channel in images.split(1, dim=1))
     shares = torch.bincount(100 * red + 10 * green + blue, minlength=1000).double() / len(images)
     return dict(modes=int((shares > 0).sum()), kl=torch.xlogy(shares, 1000 * shares).sum().item())
 
 
 @torch.no_grad()
 def sampled(path: str | Path, count: int = 2000) -> Tensor:
-    """Samples [count, C, size, size] from a checkpoint of any image script, the same at every call."""
-    script = torch.load(path, map_location="cpu", weights_only=True)["script"]
-    generator, config = importlib.import_module(script).load_generator(path)
-    random_numbers, shape = torch.Generator().manual_seed(0), (count, config["latent"])
+    """Samples [count, C, size, size] of a run's folder or checkpoint, the same at every call."""
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
+    script = torch.load(file, map_location="cpu", weights_only=True)["script"]
+    generator, settings = importlib.import_module(script).load_generator(path)
+    random_numbers, shape = torch.Generator().manual_seed(0), (count, settings["latent"])
     normal, uniform = torch.randn(shape, generator=random_numbers), torch.rand(shape, generator=random_numbers)
     z = normal if script in ("wgan_gp", "unrolled_gan") else 2 * uniform - 1
     return torch.cat([generator(part) for part in z.split(250)])
 
 
 def read_folder(folder: str | Path, channels: int) -> Tensor:
-    """The PNGs in a folder as images [N, channels, size, size]."""
-    paths = sorted(Path(folder).glob("*.png"))
-    pictures = [Image.open(path).convert("L" if channels == 1 else "RGB") for path in paths]
-    pixels = np.stack([np.asarray(picture).reshape(*picture.size, channels) for picture in pictures])
-    return common.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    pictures = (Image.open(path) for path in sorted(Path(folder).glob("*.png")))
+    return to_tensor([picture.convert("L" if channels == 1 else "RGB") for picture in pictures], channels)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", choices=[*common.DRAWN, "mnist", *common.STACKED])
-    parser.add_argument("images", type=Path, help="a checkpoint, or a folder of PNGs")
+    parser.add_argument("images", type=Path, help="a run's folder, a checkpoint, or a folder of PNGs")
     parser.add_argument("--data-root", default="data", help="folder for MNIST and for the cache of judges")
-    parser.add_argument("--raw", action="store_true", help="features as they are, not whitened: the label counts most")
+    parser.add_argument("--raw", action="store_true", help="do not whiten the features, so that the label counts most")
     args = parser.parse_args(argv)
     stacked, data = args.data in common.STACKED, common.STACKED.get(args.data, args.data)
-    channels = 3 if stacked else 1 if data == "mnist" else common.DRAWN[data][1]
-    count = 25_600 if stacked else 2_000
-    images = read_folder(args.images, channels) if args.images.is_dir() else sampled(args.images, count)
+    channels = 3 if stacked or data in ("faces", "fish") else 1
+    of_pngs = args.images.is_dir() and not (args.images / "checkpoint.pt").exists()
+    images = read_folder(args.images, channels) if of_pngs else sampled(args.images, 25_600 if stacked else 2_000)
     judge = Judge(data, args.data_root, images.shape[-1], raw=args.raw)
     scores = modes(judge, images) if stacked else judge.score(images)
     print("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))

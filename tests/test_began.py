@@ -1,5 +1,6 @@
-"""BEGAN's equations and networks against loops, hand-computed values and the textbook way to train."""
+"""BEGAN's equations and networks against loops, values computed by hand, and the textbook way to train."""
 
+import copy
 import re
 
 import began
@@ -12,16 +13,15 @@ from PIL import Image
 
 torch.manual_seed(0)
 DOUBLE = dict(dtype=torch.float64)
-LARGEST = torch.finfo(torch.float32).max
 
 
 @pytest.mark.parametrize("eta", (1, 2))
 def test_reconstruction_loss_is_the_mean_over_everything(eta):
-    images, reconstructions = torch.randn(3, 2, 4, 5, **DOUBLE), torch.randn(3, 2, 4, 5, **DOUBLE)
-    total = 0.0
-    for v, d in zip(images.flatten().tolist(), reconstructions.flatten().tolist()):
-        total += abs(v - d) ** eta
-    assert began.reconstruction_loss(images, reconstructions, eta).item() == pytest.approx(total / 120, rel=1e-12)
+    one, two = torch.randn(2, 3, 2, 4, 5, **DOUBLE)
+    total = sum(abs(v - d) ** eta for v, d in zip(one.flatten().tolist(), two.flatten().tolist()))
+    assert began.reconstruction_loss(one, two, eta).item() == pytest.approx(total / 120, rel=1e-12)
+    with pytest.raises(ValueError, match="shapes differ"):
+        began.reconstruction_loss(one, two[:1], eta)
 
 
 @pytest.mark.parametrize("k, real, fake, gamma, rate, k_next, m", [
@@ -31,27 +31,10 @@ def test_reconstruction_loss_is_the_mean_over_everything(eta):
     (0.99, 1.0, 0.1, 0.5, 0.1, 1.0, 1.4),  # clipped above
 ])
 def test_balance(k, real, fake, gamma, rate, k_next, m):
-    got = began.balance(*(torch.tensor(value, **DOUBLE) for value in (k, real, fake)), gamma, rate)
+    inputs = [torch.tensor(value, **DOUBLE, requires_grad=True) for value in (k, real, fake)]
+    got = began.balance(*inputs, gamma, rate)
+    assert not any(value.requires_grad for value in got)  # or the graphs of all earlier steps would be kept
     assert [value.item() for value in got] == pytest.approx([k_next, m], rel=1e-12)
-
-
-def test_rate_halves_when_m_stalls_and_stops_at_the_floor():
-    lr, smooth, best = (torch.tensor(value) for value in (0.8, 0.0, LARGEST))
-    waited, rates = torch.tensor(0.0), []
-    for step in range(60):
-        m = torch.tensor(1.0 - 0.01 * step if step < 20 else 2.0)
-        began.halve_on_stall(m, lr, smooth, best, waited, patience=10, floor=0.15)
-        rates.append(round(lr.item(), 3))
-    assert rates == [0.8] * 29 + [0.4] * 10 + [0.2] * 10 + [0.15] * 11  # the last new minimum is at step 19
-
-
-def test_smoothed_m_ignores_noise():
-    lr, smooth, best, waited = (torch.tensor(value) for value in (0.8, 0.0, LARGEST, 0.0))
-    for step in range(300):
-        noise = 0.05 * (-1) ** step
-        began.halve_on_stall(torch.tensor(1.0 - 0.001 * step + noise), lr, smooth, best, waited, 20, 0.0)
-    assert lr.item() == pytest.approx(0.8)
-    assert smooth.item() == pytest.approx(0.8, abs=0.02)  # the mean lags 100 steps behind
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 5), (8, 8)])
@@ -67,20 +50,17 @@ def test_fused_up_convolution_is_up_sampling_then_convolution(height, width):
 
 
 def test_networks_are_the_papers():
-    generator, discriminator = began.Generator(64, 8, 64, 3), began.Discriminator(64, 8, 64, 3)
+    n, generator, discriminator = 8, began.Generator(64, 8, 64, 3), began.Discriminator(64, 8, 64, 3)
     shapes = [tuple(layer.weight.shape[:2]) for layer in discriminator.modules() if isinstance(layer, began.Conv)]
-    n = 8
-    pairs = [(n, n)] * 2 + [(2 * n, 2 * n)] * 2 + [(3 * n, 3 * n)] * 2 + [(4 * n, 4 * n)] * 2
-    downs = [(2 * n, n), (3 * n, 2 * n), (4 * n, 3 * n)]
-    assert shapes == [(n, 3), *pairs, *downs, *[(n, n)] * 5]
+    pairs = [(k * n, k * n) for k in (1, 1, 2, 2, 3, 3, 4, 4)]
+    assert shapes == [(n, 3), *pairs, (2 * n, n), (3 * n, 2 * n), (4 * n, 3 * n), *[(n, n)] * 5]
     assert {name: value.shape for name, value in discriminator.decoder.state_dict().items()} == {
         name: value.shape for name, value in generator.state_dict().items()}
     assert generator(torch.zeros(2, 64)).shape == discriminator(torch.zeros(2, 3, 64, 64)).shape == (2, 3, 64, 64)
 
 
 def test_skip_connections_bring_h0_to_every_resolution():
-    generator = began.Generator(5, 4, 32, 3, skip=True)
-    z = torch.randn(2, 5)
+    generator, z = began.Generator(5, 4, 32, 3, skip=True), torch.randn(2, 5)
     h0 = generator.first(z).view(2, 4, 8, 8)
     x = generator.conv[1](generator.conv[0](h0))
     for up, conv in zip(generator.up, generator.conv[2:]):  # as the paper says it: up-sample, concatenate, convolve
@@ -92,98 +72,102 @@ def test_skip_connections_bring_h0_to_every_resolution():
 def test_vanishing_residuals_carry_the_input():
     layer, x, carry = began.Conv(4, 4), torch.randn(1, 4, 6, 6), torch.tensor(0.3)
     assert torch.allclose(layer(x, carry), 0.3 * x + 0.7 * layer(x), atol=1e-6)
-    generator = began.Generator(5, 4, 16, 3, residual=True)
-    assert generator.carry == 1  # then the layers that keep the size pass their input on, and only those
-    z = torch.randn(2, 5)
-    want = generator.last(generator.up[0](generator.first(z).view(2, 4, 8, 8)))
-    want = 2 * (want / 2).tanh()
-    assert torch.allclose(generator(z), want, atol=1e-6)
+    generator, z = began.Generator(5, 4, 16, 3, residual=True), torch.randn(2, 5)
+    want = generator.last(generator.up[0](generator.first(z).view(2, 4, 8, 8)))  # carry 1: the others pass it on
+    assert torch.allclose(generator(z), 2 * (want / 2).tanh(), atol=1e-6)
 
 
-def textbook_steps(before: dict, images: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-    """Plain BEGAN from a checkpoint on: D forward three times, a backward for each network's own loss."""
-    config = before["config"]
-    generator, discriminator = began.build(began.Generator, config), began.build(began.Discriminator, config)
-    generator.load_state_dict(before["state"]["generator"])
-    discriminator.load_state_dict(before["state"]["discriminator"])
-    g_adam, d_adam = (torch.optim.Adam(n.parameters(), lr=config["lr"], betas=(0.5, 0.99))
-                      for n in (generator, discriminator))
-    torch.set_rng_state(before["state"]["rng"][:-16].clone())
-    k = 0.0
-    for _ in range(steps):
-        z = torch.rand(config["batch_size"], config["latent"]) * 2 - 1
-        real = images[torch.randint(len(images), (config["batch_size"],))] / 127.5 - 1
+def test_update_ema():
+    average, network = (torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1)) for _ in range(2))
+    network(torch.randn(9, 2))
+    want = {name: value.lerp(network.get_parameter(name), 0.25) for name, value in average.named_parameters()}
+    began.update_ema(average, network, torch.tensor(0.25))
+    for name, value in average.state_dict().items():
+        assert torch.equal(value, want.get(name, network.state_dict()[name]))  # buffers are copied
+    began.update_ema(average, copy.deepcopy(network).bfloat16(), 0.5)
+    for wrong, right in (copy.deepcopy(network).half(), network), (network[:1], network), (network, network[:1]):
+        with pytest.raises(ValueError):
+            began.update_ema(wrong, right, 0.5)
+
+
+def test_training_is_the_textbooks_though_d_sees_each_batch_once(data_flags, tmp_path, double):
+    began.main([*TINY["began"], *data_flags["began"], "--lambda-k", "1", "--keep", "--out", str(tmp_path)])
+    before, after = (load(tmp_path / f"checkpoint-00000{step}.pt") for step in (2, 6))
+    settings, k = before["settings"], before["state"]["k"].item()
+    images = common.load_images(settings["data"], 16, root=settings["data_root"])
+    networks = [began.build(network, settings) for network in (began.Generator, began.Discriminator)]
+    for name, network in zip(("generator", "discriminator"), networks):
+        network.load_state_dict(before["state"][name])
+    generator, discriminator = networks
+    adam = torch.optim.Adam([parameter for network in networks for parameter in network.parameters()])
+    adam.load_state_dict(before["state"]["adam"])
+    for step in range(2, 6):
+        adam.param_groups[0]["lr"] = 2e-5 + (4e-4 - 2e-5) * (1 - step / 6)
+        torch.manual_seed(step)
+        z = torch.rand(4, 8) * 2 - 1
+        x = images[torch.randint(len(images), (4,))] / 127.5 - 1
         fake = generator(z)
-        real_loss = (real - discriminator(real)).abs().pow(config["eta"]).mean()
-        fake_loss = (fake.detach() - discriminator(fake.detach())).abs().pow(config["eta"]).mean()
-        d_adam.zero_grad()
+        real_loss, fake_loss = ((v - discriminator(v)).abs().pow(2).mean() for v in (x, fake.detach()))
+        adam.zero_grad()
+        ((fake - discriminator(fake)).abs().pow(2).mean()).backward()
+        discriminator.zero_grad()
         (real_loss - k * fake_loss).backward()
-        g_loss = (fake - discriminator_frozen(discriminator, fake)).abs().pow(config["eta"]).mean()
-        g_adam.zero_grad()
-        g_loss.backward()
-        d_adam.step()
-        g_adam.step()
-        k = min(max(k + config["lambda_k"] * (config["gamma"] * real_loss.item() - fake_loss.item()), 0), 1)
-    return {"k": torch.tensor(k), **{f"g/{n}": p for n, p in generator.named_parameters()},
-            **{f"d/{n}": p for n, p in discriminator.named_parameters()}}
+        adam.step()
+        k = min(max(k + 0.5 * real_loss.item() - fake_loss.item(), 0), 1)
+    assert after["state"]["k"].item() == pytest.approx(k, abs=1e-9) and k > 0.1
+    for name, network in zip(("generator", "discriminator"), networks):
+        for part, value in network.state_dict().items():
+            assert torch.allclose(after["state"][name][part], value, rtol=0, atol=1e-9), (name, part)
 
 
-def discriminator_frozen(discriminator, images):
-    """D(images) with gradients to the images alone."""
-    frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-    return torch.func.functional_call(discriminator, frozen, (images,))
+def rates(*flags: str, out, steps: str = "6") -> list[float]:
+    began.main([*TINY["began"], *flags, "--every", "1", "--steps", steps, "--out", str(out)])
+    return [float(row["lr"]) for row in rows(out)]
 
 
-def test_training_is_the_textbooks_though_d_sees_each_batch_once(data_flags, pictures, tmp_path, double):
-    out = tmp_path / "run"
-    began.main([*TINY["began"], *data_flags["began"], "--lambda-k", "1", "--keep", "--out", str(out)])
-    before, after = load(out / "checkpoint-000000.pt"), load(out / "checkpoint-000006.pt")["state"]
-    images = common.load_images(str(pictures), 16, root=before["config"]["data_root"])
-    want = textbook_steps(before, images, 6)
-    assert want["k"] > 0.1  # so that the fakes' share in D's gradient is seen
-    for name, value in want.items():
-        part = {"g": after["generator"], "d": after["discriminator"]}.get(name[0], after)
-        assert torch.allclose(part[name[2:] if "/" in name else name], value, rtol=0, atol=1e-9), name
+def test_the_rate_falls_linearly_and_a_longer_run_keeps_the_lowest(data_flags, tmp_path):
+    flags = [*data_flags["began"], "--lr", "1e-3", "--lr-min", "4e-4"]
+    assert rates(*flags, out=tmp_path / "a") == pytest.approx([1e-3, 9e-4, 8e-4, 7e-4, 6e-4, 5e-4])
+    began.main(["--resume", "--steps", "8", "--out", str(tmp_path / "a")])
+    assert [float(row["lr"]) for row in rows(tmp_path / "a")][6:] == pytest.approx([4e-4, 4e-4])
+    assert rates(*flags, "--lr-steps", "3", out=tmp_path / "b") == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 4e-4, 4e-4])
 
 
-def test_carry_reaches_zero_after_the_residual_steps(data_flags, tmp_path):
-    flags = [*TINY["began"], *data_flags["began"], "--keep", "--out", str(tmp_path / "run")]
-    began.main([*flags, "--residual-steps", "4"])
-    carries = [load(tmp_path / f"run/checkpoint-{step:06d}.pt")["state"]["discriminator"]["decoder.carry"].item()
-               for step in (0, 2, 6)]
-    assert carries == pytest.approx([1, 0.5, 0])
+def test_the_rate_is_halved_when_m_stalls_for_some_rows(data_flags, tmp_path, monkeypatch):
+    flags = [*data_flags["began"], "--lr", "8e-4", "--lr-min", "1e-4", "--lr-patience", "1"]
+    values = iter([5.0, 4.0, 4.0, 4.5, 3.0, 3.0, 3.5, 9.0, 9.0, 9.0, 9.0, 9.0])
+    monkeypatch.setattr(began, "balance", lambda k, *_: (k, torch.tensor(next(values))))
+    want = [8e-4] * 4 + [4e-4] * 3 + [2e-4] * 2 + [1e-4] * 3  # the fourth and the seventh row are the second without
+    assert rates(*flags, out=tmp_path / "a", steps="5") == pytest.approx(want[:5])
+    began.main(["--resume", "--steps", "12", "--out", str(tmp_path / "a")])
+    assert [float(row["lr"]) for row in rows(tmp_path / "a")] == pytest.approx(want)
 
 
-def test_without_patience_the_rate_falls_linearly_to_its_floor(data_flags, tmp_path):
-    flags = [*TINY["began"], *data_flags["began"], "--log-every", "1", "--lr", "1e-3", "--lr-min", "4e-4"]
-    began.main([*flags, "--lr-patience", "0", "--out", str(tmp_path / "run")])
-    began.main(["--resume", "--steps", "8", "--out", str(tmp_path / "run")])  # a longer run keeps the pace
-    rates = [float(row["lr"]) for row in rows(tmp_path / "run")]
-    assert rates == pytest.approx([1e-3, 9e-4, 8e-4, 7e-4, 6e-4, 5e-4, 4e-4, 4e-4])
-
-
-def test_columns_agree_with_each_other(data_flags, tmp_path):
-    began.main([*TINY["began"], *data_flags["began"], "--log-every", "1", "--out", str(tmp_path / "run")])
-    for row in rows(tmp_path / "run"):
-        row = {name: float(cell) for name, cell in row.items()}
-        assert row["ratio"] == pytest.approx(row["loss_fake"] / row["loss_real"], rel=1e-4)
-        assert row["m"] == pytest.approx(row["loss_real"] + abs(0.5 * row["loss_real"] - row["loss_fake"]), rel=1e-4)
+def test_columns_agree_and_carry_follows_the_step(data_flags, tmp_path):
+    flags = [*data_flags["began"], "--keep", "--residual-steps", "4"]
+    rates(*flags, out=tmp_path)
+    for row in rows(tmp_path):
+        loss_d, real, fake, ratio, k, m = (float(row[name]) for name in began.METRICS[:-1])
+        want = real - k * fake, fake / real, real + abs(0.5 * real - fake)
+        assert (loss_d, ratio, m) == pytest.approx(want, rel=1e-4)
+    for step, carry in {1: 1, 2: 0.75, 3: 0.5, 4: 0.25, 5: 0, 6: 0}.items():
+        state = load(tmp_path / f"checkpoint-00000{step}.pt")["state"]
+        assert {state["discriminator"][name].item() for name in ("carry", "decoder.carry")} == {carry}
+        assert state["generator"]["carry"] == state["averaged"]["carry"] == carry
 
 
 def test_embed_finds_pictures_and_walks_between_them(data_flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--data-root", str(tmp_path / "data")]
-    began.main([*TINY["began"], *data_flags["began"], *flags, "--out", "run"])
-    generator, config = began.load_generator("run/checkpoint.pt")
-    z = began.uniform(3, config["latent"])
-    common.save_pngs(generator(z), "faces")  # a folder, though a data set has the name
-    began.main([*flags, "--checkpoint", "run/checkpoint.pt", "--embed", "faces", "--out", "embedded"])
+    began.main([*TINY["began"], *data_flags["began"], "--out", "run"])
+    generator, settings = began.load_generator("run")
+    z = began.uniform(3, settings["latent"])
+    common.save_pngs(generator(z), "faces")  # a folder, though a dataset has the name
+    began.main(["--embed", "faces", "--out", "run", "--data-root", "data"])
     error = float(re.search(r"\| = ([\d.]+)", capsys.readouterr().out)[1])
     targets = torch.cat([generator(z), generator(z).flip(3)])
-    nothing = (generator(torch.zeros(6, config["latent"])) - targets).abs().mean().item()
-    assert error < 0.7 * nothing  # half of the pictures are G's own, the mirror images are not
-    for name in ("pairs", "mirrors"):
-        with Image.open(f"embedded/{name}.png") as image:
+    assert error < 0.7 * (generator(torch.zeros(6, settings["latent"])) - targets).abs().mean().item()
+    for name in "pairs", "mirrors":
+        with Image.open(f"run/embed-001/{name}.png") as image:
             first = image.crop((2, 2, 2 + 16 * 4, 2 + 16 * 4)).resize((16, 16), Image.Resampling.NEAREST)
             assert first.tobytes() == Image.open("faces/00000.png").tobytes()
             assert round(image.width / image.height) == 3  # ten columns, three rows
