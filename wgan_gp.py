@@ -627,7 +627,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr-steps", type=int, default=0, help="steps that the pieces of --lr share; 0 for all --steps")
     add("--betas", type=float, nargs=2, default=[0.0, 0.99], metavar="BETA", help="Adam's betas")
     add("--ema", type=float, default=0.999, help="decay of the averaged generator; 0 for no averaging")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the hardware has it")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="fp32", help="auto is bf16 where the hardware has it")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--graph", action=switch, default=True, help="on a GPU, replay the step as a CUDA graph")
     add("--seed", type=int, default=0, help="seed of weights, batches and noise")
