@@ -1,4 +1,4 @@
-"""BEGAN: Boundary Equilibrium Generative Adversarial Networks (Berthelot, Schumm and Metz, 2017, arXiv:1703.10717).
+r"""BEGAN: Boundary Equilibrium Generative Adversarial Networks (Berthelot, Schumm and Metz, 2017, arXiv:1703.10717).
 
 The discriminator D is an autoencoder. It learns to reconstruct real images x and to fail on generated images G(z). The
 generator G learns to make images that D reconstructs well. A number k_t in [0, 1] keeps the two in balance:
@@ -14,8 +14,8 @@ generator G learns to make images that D reconstructs well. A number k_t in [0, 
     python began.py --init-from runs/began-001 --data photos       # start a new run from the weights of another
     python began.py --sample 1000; python began.py --interpolate 8 # use the generator of the newest run
     python began.py --embed photos                                 # find the z of real pictures, and walk between them
-    torchrun --nproc_per_node 8 began.py --data celeba --image-size 128 --width 128 --batch-size 128 --lr 1e-4 \\
-        --betas 0.9 0.999 --gamma 0.5 --lambda-k 0.001 --lr-patience 20 --eta 1 --residual-steps 16000 \\
+    torchrun --nproc_per_node 8 began.py --data celeba --image-size 128 --width 128 --batch-size 128 --lr 1e-4 \
+        --betas 0.9 0.999 --gamma 0.5 --lambda-k 0.001 --lr-patience 20 --eta 1 --residual-steps 16000 \
         --steps 200000                                             # the paper's settings, 16 images per GPU
 
 Measured: the mean of L(G(z)) / L(x) late in a run is within 0.02 of gamma (0.3, 0.5 and 0.7). The default run took 10.5
@@ -42,9 +42,9 @@ from torch import Tensor, nn
 
 import common
 
-SCRIPT = "began"  # the name that checkpoints carry, whatever this file is called
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts this many processes, its ranks
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # which of them this one is
+SCRIPT = "began"  # the name in its checkpoints, whatever this file is called
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes (ranks) that torchrun has started
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the number of this one
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -61,15 +61,18 @@ class Conv(nn.Conv2d):
 
 
 class UpConv(nn.Conv2d):
-    """Nearest-neighbour 2x up-sampling, 3x3 convolution and ELU, with 2.25 times fewer multiplications."""
+    """Nearest-neighbour 2x up-sampling, 3x3 convolution and ELU.
+
+    They are one transposed convolution, which takes 2.25 times fewer multiplications than up-sampling first.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, padding=1)
-        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # to which of 4 rows each of 3 is added
+        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # row i of 3 adds to these of 4 rows
         self.register_buffer("taps", torch.einsum("hy,wx->hwyx", rows, rows), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = torch.einsum("oihw,hwyx->ioyx", self.weight, self.taps)  # sums weights that meet the same pixel
+        kernel = torch.einsum("oihw,hwyx->ioyx", self.weight, self.taps)  # adds weights that meet the same pixel
         y = F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
         return F.elu(y, inplace=True)
 
@@ -78,9 +81,9 @@ class Generator(nn.Module):
     """Latent [N, latent] to images [N, channels, size, size] in [-2, 2]. D's decoder is the same network.
 
     A linear layer makes h0 [N, width, 8, 8]; two convolutions follow at every resolution. ``skip`` concatenates h0 to
-    the input of every up-sampling. ``residual`` gives layers that keep the size a vanishing residual, weighted by the
-    buffer ``carry``. Images end in 2 tanh(x / 2), which the paper leaves open. Without a bound, D could drive the error
-    of generated images to any height. A plain tanh reaches black and white only at infinity.
+    the input of every up-sampling. ``residual`` adds a vanishing residual, with the weight ``carry``, to each layer
+    that keeps the size. The paper names no output activation. Images end in 2 tanh(x / 2): without a bound, D could
+    drive the error of generated images to any height, and a plain tanh reaches black and white only at infinity.
     """
 
     def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = False, residual: bool = False):
@@ -105,7 +108,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Autoencoder: images [N, channels, size, size] to their reconstructions. Its encoder is n, 2n, 3n, ... wide."""
+    """Autoencoder: images [N, channels, size, size] to reconstructions. The encoder has n, 2n, 3n, ... channels."""
 
     def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = False, residual: bool = False):
         super().__init__()
@@ -132,7 +135,7 @@ class Discriminator(nn.Module):
 
 
 def reconstruction_loss(images: Tensor, reconstructions: Tensor, eta: float = 1.0) -> Tensor:
-    """L(v) = mean |v - D(v)|^eta (eq. 1): two tensors of one shape to a scalar. Raises ValueError if shapes differ."""
+    """L(v) = mean |v - D(v)|^eta (eq. 1), a scalar, from tensors of the same shape. Raises ValueError otherwise."""
     if images.shape != reconstructions.shape:
         raise ValueError(f"shapes differ: {tuple(images.shape)} and {tuple(reconstructions.shape)}")
     return (images - reconstructions).abs().pow(eta).mean()
@@ -142,7 +145,7 @@ def reconstruction_loss(images: Tensor, reconstructions: Tensor, eta: float = 1.
 def balance(k: Tensor, real_loss: Tensor, fake_loss: Tensor, gamma: float, lambda_k: float) -> tuple[Tensor, Tensor]:
     """k_{t+1} = clip(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1) and M = L(x) + |gamma L(x) - L(G(z))|, scalars.
 
-    The results carry no gradient, because k_t lives on from step to step.
+    The results carry no gradient, because k_t is kept from step to step.
     """
     gap = gamma * real_loss - fake_loss
     return (k + lambda_k * gap).clamp(0, 1), real_loss + gap.abs()
@@ -179,7 +182,7 @@ def uniform(count: int, latent: int, device: torch.device | str = "cpu") -> Tens
 
 
 def build(network: type[nn.Module], settings: dict) -> nn.Module:
-    """Make the Generator or the Discriminator, in the memory layout in which convolutions are fastest."""
+    """Make the Generator or the Discriminator, with orthogonal weights and in the fastest memory layout."""
     shape = (settings["latent"], settings["width"], settings["image_size"], settings["channels"])
     built = network(*shape, settings["skip"], settings["residual_steps"] > 0)
     for parameter in built.parameters():  # PyTorch's default shrinks the signal, and with it the influence of z
@@ -217,9 +220,9 @@ def train(args: argparse.Namespace) -> Path:
 
     generator = build(Generator, vars(args)).to(device)
     discriminator = build(Discriminator, vars(args)).to(device)
-    averaged = copy.deepcopy(generator).requires_grad_(False)  # its samples are shown and saved
+    averaged = copy.deepcopy(generator).requires_grad_(False)  # makes all the samples
     parameters = [*generator.parameters(), *discriminator.parameters()]
-    k = torch.zeros((), device=device)
+    k = torch.zeros((), device=device)  # what changes from step to step is a tensor, which a CUDA graph can read
     lr = torch.full_like(k, args.lr)
     ema_weight = torch.ones_like(k)
     adam = torch.optim.Adam(parameters, lr, tuple(args.betas), fused=True, capturable=device.type == "cuda")
@@ -239,16 +242,17 @@ def train(args: argparse.Namespace) -> Path:
     folder = Path(args.out or "")  # only rank 0 writes
 
     def update() -> Tensor:
-        """One step of D and G, all of it work for the device. Returns the METRICS."""
+        """One step of D and G, without waiting for the device. Returns the METRICS."""
         z, x = uniform(batch_size, args.latent, device), batches()
         with autocast:
-            fake = generator(z)
+            fake = generator(z).to(z.dtype)  # in bf16 the losses would be rounded
             real_loss = reconstruction_loss(x, discriminator(x), args.eta)
             fake_loss = reconstruction_loss(fake, discriminator(fake), args.eta)
         L_D = real_loss - k * fake_loss
         L_G = fake_loss
         adam.zero_grad()
-        # One pass back through D(G(z)) serves both losses: D's gradients of L_G, times -k_t, are L_D's of G(z).
+        # One backward pass through D(G(z)) serves both losses. It leaves the gradient of L(G(z)) in D as well. Times
+        # -k_t, and with the gradient of L(x) added, that is D's gradient of L_D = L(x) - k_t L(G(z)).
         L_G.backward()
         for parameter in discriminator.parameters():
             parameter.grad *= -k
@@ -258,7 +262,7 @@ def train(args: argparse.Namespace) -> Path:
         adam.step()
         update_ema(averaged, generator, ema_weight)
 
-        L_D, real_loss, fake_loss = losses
+        L_D, real_loss, fake_loss = losses  # now means over the ranks
         next_k, m = balance(k, real_loss, fake_loss, args.gamma, args.lambda_k)
         metrics = torch.stack([L_D, real_loss, fake_loss, fake_loss / real_loss, k, m, lr])
         k.copy_(next_k)
@@ -266,14 +270,15 @@ def train(args: argparse.Namespace) -> Path:
 
     @torch.no_grad()
     def show(step: int) -> None:
-        """Write what there is to look at."""
+        """Write the table, the chart and the pictures."""
         fake, real = averaged(fixed_z[:64]), reference[:16]
-        reconstructions = torch.cat([real, discriminator(real), fake[:16], discriminator(fake[:16])])
+        some = fake[:len(real)]
+        reconstructions = torch.cat([real, discriminator(real), some, discriminator(some)])
         common.attempt(common.save_table, rows, folder / "metrics.csv")
         common.attempt(common.save_chart, rows, folder / "curves.png", PANELS)
         common.attempt(common.save_grid, reference[:64], folder / "samples/real.png")
         common.attempt(common.save_grid, fake, folder / f"samples/{step:06d}.png")
-        common.attempt(common.save_grid, reconstructions, folder / f"reconstructions/{step:06d}.png", 16)
+        common.attempt(common.save_grid, reconstructions, folder / f"reconstructions/{step:06d}.png", len(real))
         if step == args.steps:
             common.attempt(common.save_gif, sorted(folder.glob("samples/[0-9]*.png")), folder / "training.gif")
 
@@ -282,7 +287,7 @@ def train(args: argparse.Namespace) -> Path:
         show(done)  # in case the run was killed between a checkpoint and its pictures
     if args.lr_patience > 0:
         for row in rows:
-            plateau.step(row["m"])  # brings the rate to where a resumed run left it
+            plateau.step(row["m"])  # a resumed run finds its rate again
     step_once = cuda_graph(update) if args.graph and device.type == "cuda" else update
     total = torch.zeros(len(METRICS), device=device)
     last_row, started = done, time.perf_counter()
@@ -290,7 +295,7 @@ def train(args: argparse.Namespace) -> Path:
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
         if args.lr_patience == 0:
             lr.fill_(args.lr_min + (args.lr - args.lr_min) * max(0.0, 1 - step / args.lr_steps))
-        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # the average soon forgets the initial weights
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, which forgets the start
         if args.residual_steps > 0:
             for network in (generator, discriminator, discriminator.decoder):
                 network.carry.fill_(max(0.0, 1 - step / args.residual_steps))
@@ -360,7 +365,7 @@ def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 result = update()  # recorded, not run
         except RuntimeError as error:
-            say(f"no CUDA graph, so the steps run one operation at a time: {str(error).splitlines()[0]}")
+            say(f"no CUDA graph could be captured, so training runs without: {str(error).splitlines()[0]}")
             while True:
                 yield update()
         while True:
@@ -372,13 +377,13 @@ def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print on rank 0; a counter, with end="\\r", only on a terminal. Whatever becomes of the output, a run goes on."""
+    """Print on rank 0, and a counter (end="\\r") only on a terminal. A closed output never stops a run."""
     try:
         if RANK == 0 and (end == "\n" or getattr(sys.stdout, "isatty", bool)()):
             print(text, end=end, flush=True)
     except UnicodeError:
         print(ascii(text), flush=True)
-    except (OSError, ValueError):  # the reader has gone, or the output is closed
+    except (OSError, ValueError):  # a broken pipe or a closed file
         sys.stdout = None
 
 
@@ -389,12 +394,12 @@ def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Mo
             if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
-                                 "with --init-from from the last checkpoint, which is still good")
+                                 "by --init-from from the last checkpoint if there is one")
 
 
 def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
     """Write checkpoint.pt, and with --keep a numbered copy. Raises OSError."""
-    settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     saved = {name: item if isinstance(item, Tensor) else item.state_dict() for name, item in state.items()}
     names = [f"checkpoint-{step:06d}.pt", "checkpoint.pt"] if args.keep else ["checkpoint.pt"]
     for name in names:
@@ -403,9 +408,9 @@ def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> 
 
 
 def load(path: str | Path, state: dict | None = None) -> dict:
-    """Read a checkpoint, a file or a run's folder, and restore the networks, Adams and tensors in ``state`` from it.
+    """Read a checkpoint, a file or a run's folder, and restore the networks, optimizers and tensors in ``state``.
 
-    No code in the file is run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    No code in the file can run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -417,10 +422,10 @@ def load(path: str | Path, state: dict | None = None) -> dict:
             raise ValueError("it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
         settings, known = checkpoint.get("settings", {}), vars(make_parser().parse_args([]))
         if others := sorted(known.keys() ^ settings.keys()):
-            raise ValueError(f"it is of another version, with other settings ({', '.join(others)})")
+            raise ValueError(f"it was written by another version, with other settings: {', '.join(others)}")
         for name, value in settings.items():
             if type(value) is not type(known[name]):
                 raise ValueError(f"its setting {name} is {value!r}")
@@ -431,40 +436,39 @@ def load(path: str | Path, state: dict | None = None) -> dict:
                 restore_adam(item, checkpoint["state"][name])
             else:
                 item.load_state_dict(checkpoint["state"][name])
-    except Exception as error:  # a damaged file makes torch raise nearly every kind
+    except Exception as error:  # a damaged file can make torch raise almost anything
         reason = " ".join(str(error).partition(". ")[0].split())
         raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
     return checkpoint
 
 
 def restore_adam(adam: torch.optim.Adam, saved: dict) -> None:
-    """Restore Adam's moments, not its settings: flags may have changed, and a tensor ``lr`` must stay the same one."""
-    groups = [dict(group) for group in adam.param_groups]
+    """Restore Adam's moments. Its settings stay: flags may have changed, and train() may fill the tensor ``lr``."""
+    groups = adam.param_groups
     adam.load_state_dict(saved)
-    for group, own in zip(adam.param_groups, groups):
-        group.update(own)
-        for parameter in group["params"]:  # a fused Adam would write past the end of moments that are too small
-            shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
-            if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
-                raise ValueError("Adam's moments do not fit the weights")
+    adam.param_groups = groups
+    for parameter in groups[0]["params"]:  # a fused Adam would write past the end of moments that are too small
+        shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
+        if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
+            raise ValueError("Adam's moments do not fit the weights")
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
 def load_generator(run: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
-    """The averaged generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
+    """Load the averaged generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
 
     Raises FileNotFoundError or ValueError.
     """
-    settings = load(run)["settings"]
-    generator = build(Generator, settings)
-    load(run, dict(averaged=generator))
-    return generator.to(device).eval().requires_grad_(False), settings
+    checkpoint = load(run)
+    generator = build(Generator, checkpoint["settings"])
+    generator.load_state_dict(checkpoint["state"]["averaged"])
+    return generator.to(device).eval().requires_grad_(False), checkpoint["settings"]
 
 
 def sample(args: argparse.Namespace) -> Path:
-    """--sample N: write N pictures, numbered, as FID tools want them."""
+    """--sample N: write 00000.png, 00001.png and so on, as FID tools want them."""
     device = start(args)
     generator, settings = load_generator(args.out, device)
     folder = common.next_folder(Path(args.out, "sample"))
@@ -475,7 +479,7 @@ def sample(args: argparse.Namespace) -> Path:
 
 
 def interpolate(args: argparse.Namespace) -> Path:
-    """--interpolate N: write N straight walks between two random z, a row each."""
+    """--interpolate N: write N straight walks between two random z, one in a row."""
     device = start(args)
     generator, settings = load_generator(args.out, device)
     folder = common.next_folder(Path(args.out, "interpolate"))
@@ -486,10 +490,10 @@ def interpolate(args: argparse.Namespace) -> Path:
 
 
 def embed(args: argparse.Namespace) -> Path:
-    """--embed FOLDER: find the z that minimise |x - G(z)| for 16 pictures and their mirror images, and walk there."""
+    """--embed FOLDER: find the z that minimise |x - G(z)| for 16 pictures and their mirror images, and walk to them."""
     device = start(args)
     generator, settings = load_generator(args.out, device)
-    pictures = os.path.abspath(args.embed)  # a folder, even where its name is a dataset's
+    pictures = os.path.abspath(args.embed)  # a folder, even if it has a dataset's name
     images = common.load_images(pictures, settings["image_size"], settings["channels"], args.data_root)[:16]
     folder = common.next_folder(Path(args.out, "embed"))
     real = common.normalise(images.to(device))
@@ -501,7 +505,8 @@ def embed(args: argparse.Namespace) -> Path:
         adam.zero_grad()
         error.backward()
         adam.step()
-        z.data.clamp_(-1, 1)
+        with torch.no_grad():
+            z.clamp_(-1, 1)
     say(f"mean |x - G(z)| = {error.item():.4f} on pixels in [-1, 1]")
     found, mirrored = z.detach().chunk(2)
     for name, end, goal in ("pairs", found.roll(-1, 0), real.roll(-1, 0)), ("mirrors", mirrored, real.flip(3)):
@@ -514,13 +519,14 @@ def embed(args: argparse.Namespace) -> Path:
 
 # These flags must be positive:
 COUNTS = ("batch_size", "steps", "every", "width", "latent", "sample", "interpolate")
-# These flags say what to do with a run, and are not its settings:
-ACTIONS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None, embed=None)
+# These flags are not settings of a run:
+NOT_SETTINGS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None, embed=None)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Define the flags. Those of ACTIONS have no default here."""
-    path, switch = os.path.expanduser, argparse.BooleanOptionalAction
+    """Define the flags. Those in NOT_SETTINGS get their defaults from there."""
+    path = os.path.expanduser
+    switch = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", argument_default=argparse.SUPPRESS,
                                      description="Train BEGAN, or use a generator that it has trained.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -528,15 +534,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", type=path, default="faces", help=f"{', '.join(common.NAMES)}, or a folder of pictures")
     add("--data-root", type=path, default="data", help="folder for downloads and decoded pictures")
     add("--image-size", type=int, choices=(16, 32, 64, 128, 256), default=32, help="height and width in pixels")
-    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data have")
+    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data are")
     add("--hflip", action=switch, default=False, help="flip half of the real images left to right")
-    add("--batch-size", type=int, default=16, help="images in a batch, over all ranks")
-    add("--steps", type=int, default=6000, help="the step to train to")
+    add("--batch-size", type=int, default=16, help="images in a batch, counting all ranks")
+    add("--steps", type=int, default=6000, help="stop at this step")
     add("--lr", type=float, default=4e-4, help="Adam's learning rate at the start")
     add("--lr-min", type=float, default=2e-5, help="the lowest learning rate")
-    add("--lr-steps", type=int, default=0, help="steps in which the rate falls to --lr-min; 0 for all --steps")
+    add("--lr-steps", type=int, default=0, help="steps in which the rate falls to --lr-min; 0 for --steps")
     add("--lr-patience", type=int, default=0,
-        help="halve the rate instead, when this many rows of metrics.csv (see --every) bring no lower M; 0 for never")
+        help="halve the rate instead, after more than this many rows of metrics.csv without a lower M; 0 for never")
     add("--betas", type=float, nargs=2, default=[0.5, 0.99], metavar="BETA", help="Adam's betas")
     add("--ema", type=float, default=0.999, help="decay of the averaged generator; 0 for no averaging")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the hardware has it")
@@ -552,7 +558,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--latent", type=int, default=64, help="length of z and of D's code")
     add("--skip", action=switch, default=True, help="skip connections in the decoders")
     add("--residual-steps", type=int, default=0, help="steps of vanishing residuals, 16000 in the paper; 0 for none")
-    add("--out", type=path, help="folder of the run (default: a new one, or the newest one to resume or use)")
+    add("--out", type=path, help="folder of the run (default: a new one, or to resume or use, the newest)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--init-from", type=path, metavar="RUN", help="start from the weights in another run's folder or checkpoint")
     add("--resume", action="store_true", default=argparse.SUPPRESS, help="continue a run with its settings")
@@ -565,30 +571,32 @@ def make_parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the flags. The settings of a run to resume, or of networks to start from, become the defaults."""
     parser, saved = make_parser(), {}
-    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS))
+    args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS))
     if WORLD > 1 and (args.sample or args.interpolate or args.embed):
         parser.error("torchrun is for training only")
     if args.resume or args.sample or args.interpolate or args.embed:
         args.out = args.out or common.newest_folder(f"runs/{SCRIPT}-*", "checkpoint.pt")
-    elif args.out and os.path.exists(args.out) and os.listdir(args.out):
+    elif args.out and os.path.isdir(args.out) and os.listdir(args.out):
         parser.error(f"argument --out: {args.out!r} is not empty; choose a new folder, or --resume the run in it")
+    if args.out and os.path.isfile(args.out):
+        parser.error(f"argument --out: {args.out!r} is a file, not a folder")
     if args.resume:
         saved = load(args.out)["settings"]
         parser.set_defaults(**saved)
     elif args.init_from:
         saved = load(args.init_from)["settings"]
         parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
-    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS | dict(out=args.out)))
+    args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS | dict(out=args.out)))
 
     for name, value in vars(args).items():
         flag = f"argument --{name.replace('_', '-')}"
         if value == "":
             parser.error(f"{flag}: must not be empty")
         if isinstance(value, (int, float)) and not 0 <= value < 2**32:
-            parser.error(f"{flag}: {value} is not a number from 0 to {2**32 - 1}")
+            parser.error(f"{flag}: {value} is negative or too large")
         if name in COUNTS and value == 0:
             parser.error(f"{flag}: must be positive")
-        if name in NETWORK_FLAGS and value != saved.get(name, value):
+        if name in NETWORK_FLAGS and name in saved and value != saved[name]:
             parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
     if args.batch_size % WORLD:
         parser.error(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
@@ -597,20 +605,21 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    args = argparse.Namespace(**ACTIONS)
+    args = argparse.Namespace(**NOT_SETTINGS)
     try:
         args = read_flags(argv)
         action = sample if args.sample else interpolate if args.interpolate else embed if args.embed else train
         say(f"the results are in {action(args)}")
         if WORLD > 1:
-            dist.barrier()  # gloo may stop a rank when another one leaves first
+            dist.barrier()  # with gloo, a rank that leaves early can crash the others
             dist.destroy_process_group()
     except KeyboardInterrupt:
         if args.out and Path(args.out, "checkpoint.pt").exists():
-            sys.exit(f"stopped; to continue: python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}")
+            command = f"python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}"
+            sys.exit(f"stopped; to continue training: {command}")
         sys.exit("stopped before the first checkpoint, so nothing has been saved")
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as when memory runs out
             raise
         sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
 

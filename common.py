@@ -973,10 +973,13 @@ def _ticks(low: float, high: float, smallest: float) -> list[float]:
 
 
 def _flatten(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
-    """Make both float [N, D] and [M, D] on the device of `samples`, uint8 as in [-1, 1]. Raises ValueError."""
+    """Make both float [N, D] and [M, D] on the CPU, which knows every operation, uint8 as in [-1, 1].
+
+    Raises ValueError.
+    """
     if min(len(samples), len(data)) < 1 or samples.shape[1:] != data.shape[1:]:
         raise ValueError(f"need samples and data of one shape, got {tuple(samples.shape)}, {tuple(data.shape)}")
-    sides = (side.detach().to(samples.device).reshape(len(side), -1) for side in (samples, data))
+    sides = (side.detach().cpu().reshape(len(side), -1) for side in (samples, data))
     return tuple(side.float() / 127.5 - 1 if side.dtype == torch.uint8 else side.float() for side in sides)
 
 
@@ -994,7 +997,7 @@ def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 256, se
     x, y = (x @ directions).sort(dim=0).values, (y @ directions).sort(dim=0).values
     n, m = len(x), len(y)
     # Quantile functions jump at i/N and j/M and are flat in between: sum over those pieces, in whole units of 1/(N M).
-    jumps = torch.cat([torch.arange(n + 1) * m, torch.arange(m) * n]).unique().to(x.device)
+    jumps = torch.cat([torch.arange(n + 1) * m, torch.arange(m) * n]).unique()
     gaps = (x[jumps[:-1] // m] - y[jumps[:-1] // n]).abs().mean(dim=1)
     return (gaps @ jumps.diff().to(x) / (n * m)).item()
 

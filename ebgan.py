@@ -1,4 +1,4 @@
-"""EBGAN: Energy-Based Generative Adversarial Networks (Zhao, Mathieu and LeCun, 2016, arXiv:1609.03126).
+r"""EBGAN: Energy-Based Generative Adversarial Networks (Zhao, Mathieu and LeCun, 2016, arXiv:1609.03126).
 
 The discriminator D is an autoencoder, and its reconstruction error is the energy of an image. D learns to give real
 images x a low energy, and to raise the energy of generated images G(z) up to a margin m. The generator G learns to make
@@ -15,8 +15,8 @@ images of low energy. The pull-away term f_PT keeps the codes S = Enc(G(z)) of a
     python ebgan.py --init-from runs/ebgan-001 --data photos       # start a new run from the weights of another
     python ebgan.py --sample 1000; python ebgan.py --interpolate 8 # use the generator of the newest run
     python ebgan.py --data mnist --margin 16 --d-width 2 --d-steps 5 # a narrow D, updated more often than G
-    torchrun --nproc_per_node 2 ebgan.py --data celeba --image-size 64 --layers paper --g-width 1024 --d-width 64 \\
-        --latent 100 --batch-size 128 --margin 20 --pt-weight 0.1 --lr 2e-4 --betas 0.5 0.999 \\
+    torchrun --nproc_per_node 2 ebgan.py --data celeba --image-size 64 --layers paper --g-width 1024 --d-width 64 \
+        --latent 100 --batch-size 128 --margin 20 --pt-weight 0.1 --lr 2e-4 --betas 0.5 0.999 \
         --steps 100000                                             # the paper's settings, 64 images per GPU
 
 Measured: with the default flags and 5,000 MNIST digits, samples have 0.74 times the Frechet distance of 500 held-out
@@ -43,23 +43,26 @@ from torch import Tensor, nn
 
 import common
 
-SCRIPT = "ebgan"  # the name that checkpoints carry, whatever this file is called
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts this many processes, its ranks
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # which of them this one is
+SCRIPT = "ebgan"  # the name in its checkpoints, whatever this file is called
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes (ranks) that torchrun has started
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the number of this one
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 
 class UpConv(nn.Conv2d):
-    """Nearest-neighbour 2x up-sampling and 3x3 convolution, with 2.25 times fewer multiplications."""
+    """Nearest-neighbour 2x up-sampling and 3x3 convolution.
+
+    They are one transposed convolution, which takes 2.25 times fewer multiplications than up-sampling first.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, padding=1)
-        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # to which of 4 rows each of 3 is added
+        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # row i of 3 adds to these of 4 rows
         self.register_buffer("taps", torch.einsum("hy,wx->hwyx", rows, rows), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = torch.einsum("oihw,hwyx->ioyx", self.weight, self.taps)  # sums weights that meet the same pixel
+        kernel = torch.einsum("oihw,hwyx->ioyx", self.weight, self.taps)  # adds weights that meet the same pixel
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
@@ -217,7 +220,7 @@ def train(args: argparse.Namespace) -> Path:
 
     generator = build(Generator, vars(args)).to(device)
     discriminator = build(Discriminator, vars(args)).to(device)
-    averaged = copy.deepcopy(generator).eval().requires_grad_(False)  # its samples are shown and saved
+    averaged = copy.deepcopy(generator).eval().requires_grad_(False)  # makes all the samples
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
     ema_weight = torch.ones((), device=device)
     betas = tuple(args.betas)
@@ -237,11 +240,11 @@ def train(args: argparse.Namespace) -> Path:
     folder = Path(args.out or "")  # only rank 0 writes
 
     def update() -> Tensor:
-        """One step: --d-steps updates of D and --g-steps of G, all of it work for the device. Returns the METRICS."""
+        """One step: --d-steps updates of D and --g-steps of G, without waiting for the device. Returns the METRICS."""
         for turn in range(max(args.d_steps, args.g_steps)):
             z = uniform(batch_size, args.latent, device)
-            # One pass of the samples through D serves both losses. G steps first. That changes no weight of D, and the
-            # gradients of L_D stop at D, so they do not meet the new weights of G.
+            # One pass of the samples through D serves both losses. G may step first: that leaves D as it is, and
+            # ``inputs`` keeps the gradient of L_D out of G.
             with autocast:
                 fake = generator(z).to(z.dtype)  # in bf16 the energies would be rounded
                 reconstructions, codes = discriminator(fake)
@@ -266,16 +269,17 @@ def train(args: argparse.Namespace) -> Path:
 
     @torch.no_grad()
     def show(step: int) -> None:
-        """Write what there is to look at."""
+        """Write the table, the chart and the pictures."""
         fake, real = averaged(fixed_z[:64]), reference[:16]
+        some = fake[:len(real)]
         discriminator.eval()
-        reconstructions = torch.cat([real, discriminator(real)[0], fake[:16], discriminator(fake[:16])[0]])
+        reconstructions = torch.cat([real, discriminator(real)[0], some, discriminator(some)[0]])
         discriminator.train()
         common.attempt(common.save_table, rows, folder / "metrics.csv")
         common.attempt(common.save_chart, rows, folder / "curves.png", PANELS)
         common.attempt(common.save_grid, reference[:64], folder / "samples/real.png")
         common.attempt(common.save_grid, fake, folder / f"samples/{step:06d}.png")
-        common.attempt(common.save_grid, reconstructions, folder / f"reconstructions/{step:06d}.png", 16)
+        common.attempt(common.save_grid, reconstructions, folder / f"reconstructions/{step:06d}.png", len(real))
         if step == args.steps:
             common.attempt(common.save_gif, sorted(folder.glob("samples/[0-9]*.png")), folder / "training.gif")
 
@@ -287,7 +291,7 @@ def train(args: argparse.Namespace) -> Path:
     last_row, started = done, time.perf_counter()
     for step in range(done, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
-        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # the average soon forgets the initial weights
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, which forgets the start
         batches.refill()
         total += step_once()
         say(f"{step + 1}/{args.steps}", end="\r")
@@ -352,7 +356,7 @@ def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 result = update()  # recorded, not run
         except RuntimeError as error:
-            say(f"no CUDA graph, so the steps run one operation at a time: {str(error).splitlines()[0]}")
+            say(f"no CUDA graph could be captured, so training runs without: {str(error).splitlines()[0]}")
             while True:
                 yield update()
         while True:
@@ -364,13 +368,13 @@ def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print on rank 0; a counter, with end="\\r", only on a terminal. Whatever becomes of the output, a run goes on."""
+    """Print on rank 0, and a counter (end="\\r") only on a terminal. A closed output never stops a run."""
     try:
         if RANK == 0 and (end == "\n" or getattr(sys.stdout, "isatty", bool)()):
             print(text, end=end, flush=True)
     except UnicodeError:
         print(ascii(text), flush=True)
-    except (OSError, ValueError):  # the reader has gone, or the output is closed
+    except (OSError, ValueError):  # a broken pipe or a closed file
         sys.stdout = None
 
 
@@ -381,12 +385,12 @@ def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Mo
             if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
-                                 "with --init-from from the last checkpoint, which is still good")
+                                 "by --init-from from the last checkpoint if there is one")
 
 
 def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
     """Write checkpoint.pt, and with --keep a numbered copy. Raises OSError."""
-    settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     saved = {name: item if isinstance(item, Tensor) else item.state_dict() for name, item in state.items()}
     names = [f"checkpoint-{step:06d}.pt", "checkpoint.pt"] if args.keep else ["checkpoint.pt"]
     for name in names:
@@ -395,9 +399,9 @@ def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> 
 
 
 def load(path: str | Path, state: dict | None = None) -> dict:
-    """Read a checkpoint, a file or a run's folder, and restore the networks, Adams and tensors in ``state`` from it.
+    """Read a checkpoint, a file or a run's folder, and restore the networks, optimizers and tensors in ``state``.
 
-    No code in the file is run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    No code in the file can run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -409,10 +413,10 @@ def load(path: str | Path, state: dict | None = None) -> dict:
             raise ValueError("it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
         settings, known = checkpoint.get("settings", {}), vars(make_parser().parse_args([]))
         if others := sorted(known.keys() ^ settings.keys()):
-            raise ValueError(f"it is of another version, with other settings ({', '.join(others)})")
+            raise ValueError(f"it was written by another version, with other settings: {', '.join(others)}")
         for name, value in settings.items():
             if type(value) is not type(known[name]):
                 raise ValueError(f"its setting {name} is {value!r}")
@@ -423,40 +427,39 @@ def load(path: str | Path, state: dict | None = None) -> dict:
                 restore_adam(item, checkpoint["state"][name])
             else:
                 item.load_state_dict(checkpoint["state"][name])
-    except Exception as error:  # a damaged file makes torch raise nearly every kind
+    except Exception as error:  # a damaged file can make torch raise almost anything
         reason = " ".join(str(error).partition(". ")[0].split())
         raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
     return checkpoint
 
 
 def restore_adam(adam: torch.optim.Adam, saved: dict) -> None:
-    """Restore Adam's moments, not its settings: flags may have changed, and a tensor ``lr`` must stay the same one."""
-    groups = [dict(group) for group in adam.param_groups]
+    """Restore Adam's moments. Its settings stay: flags may have changed, and train() may fill the tensor ``lr``."""
+    groups = adam.param_groups
     adam.load_state_dict(saved)
-    for group, own in zip(adam.param_groups, groups):
-        group.update(own)
-        for parameter in group["params"]:  # a fused Adam would write past the end of moments that are too small
-            shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
-            if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
-                raise ValueError("Adam's moments do not fit the weights")
+    adam.param_groups = groups
+    for parameter in groups[0]["params"]:  # a fused Adam would write past the end of moments that are too small
+        shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
+        if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
+            raise ValueError("Adam's moments do not fit the weights")
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
 def load_generator(run: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
-    """The averaged generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
+    """Load the averaged generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
 
     Raises FileNotFoundError or ValueError.
     """
-    settings = load(run)["settings"]
-    generator = build(Generator, settings)
-    load(run, dict(averaged=generator))
-    return generator.to(device).eval().requires_grad_(False), settings
+    checkpoint = load(run)
+    generator = build(Generator, checkpoint["settings"])
+    generator.load_state_dict(checkpoint["state"]["averaged"])
+    return generator.to(device).eval().requires_grad_(False), checkpoint["settings"]
 
 
 def sample(args: argparse.Namespace) -> Path:
-    """--sample N: write N pictures, numbered, as FID tools want them."""
+    """--sample N: write 00000.png, 00001.png and so on, as FID tools want them."""
     device = start(args)
     generator, settings = load_generator(args.out, device)
     folder = common.next_folder(Path(args.out, "sample"))
@@ -467,7 +470,7 @@ def sample(args: argparse.Namespace) -> Path:
 
 
 def interpolate(args: argparse.Namespace) -> Path:
-    """--interpolate N: write N straight walks between two random z, a row each."""
+    """--interpolate N: write N straight walks between two random z, one in a row."""
     device = start(args)
     generator, settings = load_generator(args.out, device)
     folder = common.next_folder(Path(args.out, "interpolate"))
@@ -482,13 +485,14 @@ def interpolate(args: argparse.Namespace) -> Path:
 # These flags must be positive:
 COUNTS = ("batch_size", "steps", "every", "d_steps", "g_steps", "g_width", "d_width", "latent", "code", "sample",
           "interpolate")
-# These flags say what to do with a run, and are not its settings:
-ACTIONS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None)
+# These flags are not settings of a run:
+NOT_SETTINGS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Define the flags. Those of ACTIONS have no default here."""
-    path, switch = os.path.expanduser, argparse.BooleanOptionalAction
+    """Define the flags. Those in NOT_SETTINGS get their defaults from there."""
+    path = os.path.expanduser
+    switch = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", argument_default=argparse.SUPPRESS,
                                      description="Train EBGAN, or use a generator that it has trained.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -496,10 +500,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", type=path, default="digits", help=f"{', '.join(common.NAMES)}, or a folder of pictures")
     add("--data-root", type=path, default="data", help="folder for downloads and decoded pictures")
     add("--image-size", type=int, choices=(16, 32, 64, 128, 256), default=32, help="height and width in pixels")
-    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data have")
+    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data are")
     add("--hflip", action=switch, default=False, help="flip half of the real images left to right")
-    add("--batch-size", type=int, default=64, help="images in a batch, over all ranks")
-    add("--steps", type=int, default=5000, help="the step to train to")
+    add("--batch-size", type=int, default=64, help="images in a batch, counting all ranks")
+    add("--steps", type=int, default=5000, help="stop at this step")
     add("--lr", type=float, nargs="+", default=[1e-3], help="Adam's learning rate, or two: for G and for D")
     add("--betas", type=float, nargs=2, default=[0.5, 0.999], metavar="BETA", help="Adam's betas")
     add("--ema", type=float, default=0.999, help="decay of the averaged generator; 0 for no averaging")
@@ -519,7 +523,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--latent", type=int, default=64, help="length of z")
     add("--code", type=int, default=32, help="length of D's code")
     add("--batch-norm", action=switch, default=True, help="batch norm in both networks")
-    add("--out", type=path, help="folder of the run (default: a new one, or the newest one to resume or use)")
+    add("--out", type=path, help="folder of the run (default: a new one, or to resume or use, the newest)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--init-from", type=path, metavar="RUN", help="start from the weights in another run's folder or checkpoint")
     add("--resume", action="store_true", default=argparse.SUPPRESS, help="continue a run with its settings")
@@ -531,30 +535,32 @@ def make_parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the flags. The settings of a run to resume, or of networks to start from, become the defaults."""
     parser, saved = make_parser(), {}
-    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS))
+    args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS))
     if WORLD > 1 and (args.sample or args.interpolate):
         parser.error("torchrun is for training only")
     if args.resume or args.sample or args.interpolate:
         args.out = args.out or common.newest_folder(f"runs/{SCRIPT}-*", "checkpoint.pt")
-    elif args.out and os.path.exists(args.out) and os.listdir(args.out):
+    elif args.out and os.path.isdir(args.out) and os.listdir(args.out):
         parser.error(f"argument --out: {args.out!r} is not empty; choose a new folder, or --resume the run in it")
+    if args.out and os.path.isfile(args.out):
+        parser.error(f"argument --out: {args.out!r} is a file, not a folder")
     if args.resume:
         saved = load(args.out)["settings"]
         parser.set_defaults(**saved)
     elif args.init_from:
         saved = load(args.init_from)["settings"]
         parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
-    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS | dict(out=args.out)))
+    args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS | dict(out=args.out)))
 
     for name, value in vars(args).items():
         flag = f"argument --{name.replace('_', '-')}"
         if value == "":
             parser.error(f"{flag}: must not be empty")
         if isinstance(value, (int, float)) and not 0 <= value < 2**32:
-            parser.error(f"{flag}: {value} is not a number from 0 to {2**32 - 1}")
+            parser.error(f"{flag}: {value} is negative or too large")
         if name in COUNTS and value == 0:
             parser.error(f"{flag}: must be positive")
-        if name in NETWORK_FLAGS and value != saved.get(name, value):
+        if name in NETWORK_FLAGS and name in saved and value != saved[name]:
             parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
     if args.batch_size % WORLD:
         parser.error(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
@@ -567,20 +573,21 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    args = argparse.Namespace(**ACTIONS)
+    args = argparse.Namespace(**NOT_SETTINGS)
     try:
         args = read_flags(argv)
         action = sample if args.sample else interpolate if args.interpolate else train
         say(f"the results are in {action(args)}")
         if WORLD > 1:
-            dist.barrier()  # gloo may stop a rank when another one leaves first
+            dist.barrier()  # with gloo, a rank that leaves early can crash the others
             dist.destroy_process_group()
     except KeyboardInterrupt:
         if args.out and Path(args.out, "checkpoint.pt").exists():
-            sys.exit(f"stopped; to continue: python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}")
+            command = f"python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}"
+            sys.exit(f"stopped; to continue training: {command}")
         sys.exit("stopped before the first checkpoint, so nothing has been saved")
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as when memory runs out
             raise
         sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
 

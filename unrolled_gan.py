@@ -1,4 +1,4 @@
-"""Unrolled GAN: Unrolled Generative Adversarial Networks (Metz, Poole, Pfau, Sohl-Dickstein, 2016, arXiv:1611.02163).
+r"""Unrolled GAN: Unrolled Generative Adversarial Networks (Metz, Poole, Pfau, Sohl-Dickstein, 2016, arXiv:1611.02163).
 
 The generator G looks ahead. It is judged not by the discriminator D as it is, but by what K more steps would make of D,
 and its gradient runs through these steps. D itself then takes one ordinary step. With theta, the parameters of D:
@@ -18,11 +18,11 @@ and its gradient runs through these steps. D itself then takes one ordinary step
     python unrolled_gan.py --init-from runs/unrolled_gan-001 --lr 1e-4    # start a new run from the weights of another
     python unrolled_gan.py --sample 10000                          # use the generator of the newest run
     torchrun --nproc_per_node 8 unrolled_gan.py --data grid --batch-size 65536 --width 1024    # 8,192 points per GPU
-    python unrolled_gan.py --activation relu --lr 1e-4 --betas 0.5 0.999 --d-layers 1 --input-scale 4 \\
+    python unrolled_gan.py --activation relu --lr 1e-4 --betas 0.5 0.999 --d-layers 1 --input-scale 4 \
         --g-loss saddle --steps 25000                              # the paper's settings
-    python unrolled_gan.py --data stacked-mnist --batch-size 128 --activation relu --d-activation leaky --gain 1.4 \\
+    python unrolled_gan.py --data stacked-mnist --batch-size 128 --activation relu --d-activation leaky --gain 1.4 \
         --width 64 --d-width 4 --lr 1e-4 2e-4                      # its 1,000 modes, with D half as wide as G
-    python unrolled_gan.py --d-activation tanh --gain 1.4 --lr 1e-3 1e-4 --unroll-steps 5 --g-loss saddle \\
+    python unrolled_gan.py --d-activation tanh --gain 1.4 --lr 1e-3 1e-4 --unroll-steps 5 --g-loss saddle \
         --steps 25000                                              # the settings of the authors' notebook
     python unrolled_gan.py --activation relu --gain 0 --lr 1e-3 1e-4 --fresh    # those of andrewliao11/unrolled-gans
 
@@ -52,9 +52,9 @@ from torch.func import functional_call
 
 import common
 
-SCRIPT = "unrolled_gan"  # the name that checkpoints carry, whatever this file is called
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts this many processes, its ranks
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # which of them this one is
+SCRIPT = "unrolled_gan"  # the name in its checkpoints, whatever this file is called
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes (ranks) that torchrun has started
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the number of this one
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -169,18 +169,18 @@ def unroll(discriminator: nn.Module, adam: torch.optim.Adam, loss: Callable[[dic
         raise ValueError("the optimizer does not hold all of the discriminator's parameters")
     buffers = {name: buffer.detach().clone() for name, buffer in discriminator.named_buffers()}
 
-    # All parameters lie end to end in one vector, on which a step of Adam is a few operations. Matrices lie in it
-    # transposed, because the gradient of a matrix is slow to compute if it has two columns, but not if it has two rows.
+    # All parameters lie end to end in one vector, on which a step of Adam is a few operations. Matrices are transposed
+    # in it: the gradient of a weight [width, 2] is slow to compute, and that of [2, width] is not.
     def transposed(tensor: Tensor) -> Tensor:
         return tensor.mT if tensor.ndim == 2 else tensor
 
     def flat(name: str) -> Tensor:
-        """What Adam keeps by this name for each parameter, or 0 where it has kept nothing yet."""
+        """One part of Adam's state as a vector, with zeros before Adam's first step."""
         kept = (adam.state.get(p, {}).get(name, torch.zeros(())).to(p).expand_as(p) for p in parameters.values())
         return torch.cat([transposed(tensor).flatten() for tensor in kept])
 
     def views(vector: Tensor) -> dict[str, Tensor]:
-        """The parameters that lie in the vector, and the copies of the buffers."""
+        """The parameters as parts of the vector, and the copies of the buffers."""
         parts = zip(parameters.items(), vector.split([p.numel() for p in parameters.values()]))
         return {name: transposed(part.view_as(transposed(p))) for (name, p), part in parts} | buffers
 
@@ -193,7 +193,7 @@ def unroll(discriminator: nn.Module, adam: torch.optim.Adam, loss: Callable[[dic
         power1, power2 = beta1 * power1, beta2 * power2
         m = torch.lerp(g, m, beta1)
         v = torch.addcmul(beta2 * v, g, g, value=1 - beta2)
-        # The derivative of a square root is infinite at 0, where a dead unit's v is. 1e-36 is nothing beside eps.
+        # A dead unit has v = 0, where the derivative of the square root is infinite. 1e-36 is nothing beside eps.
         root = (v.clamp(min=1e-36) / (1 - power2)).sqrt()
         theta = theta - group["lr"] / (1 - power1) * m / (root + group["eps"])
     return views(theta)
@@ -337,9 +337,9 @@ def train(args: argparse.Namespace) -> Path:
 
     generator, discriminator = (network.to(device) for network in build(vars(args)))
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
-    settings = dict(betas=tuple(args.betas), fused=True, capturable=device.type == "cuda")
-    adam_g = torch.optim.Adam(g_parameters, args.lr[0], **settings)
-    adam_d = torch.optim.Adam(d_parameters, args.lr[-1], **settings)
+    options = dict(betas=tuple(args.betas), fused=True, capturable=device.type == "cuda")
+    adam_g = torch.optim.Adam(g_parameters, args.lr[0], **options)
+    adam_d = torch.optim.Adam(d_parameters, args.lr[-1], **options)
     networks = dict(generator=generator, discriminator=discriminator)
     state = networks | dict(adam_g=adam_g, adam_d=adam_d)
 
@@ -354,22 +354,22 @@ def train(args: argparse.Namespace) -> Path:
     folder = Path(args.out or "")  # only rank 0 writes
 
     def real_batch(number: int = 0) -> Tensor:
-        """A batch of real points or images. ``number`` tells the batches of one step apart."""
+        """A batch of real points or images. ``number`` counts the batches of a step."""
         return draw(means, weights, std, batch_size) if of_points else batches(number)
 
     def logits(theta: dict[str, Tensor], x: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """What D with the parameters theta makes of real and of generated data, in one pass."""
+        """The logits of real and of generated data, from one pass through D with the parameters theta."""
         return functional_call(discriminator, theta, (torch.cat([x, fake]),)).chunk(2)
 
     def update() -> Tensor:
-        """One step of D and G, all of it work for the device. Returns the METRICS."""
+        """One step of D and G, without waiting for the device. Returns the METRICS."""
         z, x = torch.randn(batch_size, args.latent, device=device), real_batch()
         fake = generator(z)
-        reals = [real_batch(1 + k) if args.fresh else x for k in range(args.unroll_steps)]  # for the unrolled steps
+        reals = iter([real_batch(1 + k) if args.fresh else x for k in range(args.unroll_steps)])
 
         def inner_loss(theta_k: dict[str, Tensor]) -> Tensor:
-            """-f(G, theta^k)."""
-            return discriminator_loss(*logits(theta_k, reals.pop(), fake))
+            """-f(G, theta^k), on the next of the real batches."""
+            return discriminator_loss(*logits(theta_k, next(reals), fake))
 
         now = discriminator(torch.cat([x, fake])).chunk(2)
         ahead = now
@@ -398,7 +398,7 @@ def train(args: argparse.Namespace) -> Path:
 
     @torch.no_grad()
     def show(step: int) -> None:
-        """Write what there is to look at."""
+        """Write the table, the chart and the pictures."""
         panels = [names for names in PANELS if names[0] in rows[-1]]
         common.attempt(common.save_table, rows, folder / "metrics.csv")
         common.attempt(common.save_chart, rows, folder / "curves.png", panels)
@@ -483,7 +483,7 @@ def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 result = update()  # recorded, not run
         except RuntimeError as error:
-            say(f"no CUDA graph, so the steps run one operation at a time: {str(error).splitlines()[0]}")
+            say(f"no CUDA graph could be captured, so training runs without: {str(error).splitlines()[0]}")
             while True:
                 yield update()
         while True:
@@ -495,13 +495,13 @@ def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print on rank 0; a counter, with end="\\r", only on a terminal. Whatever becomes of the output, a run goes on."""
+    """Print on rank 0, and a counter (end="\\r") only on a terminal. A closed output never stops a run."""
     try:
         if RANK == 0 and (end == "\n" or getattr(sys.stdout, "isatty", bool)()):
             print(text, end=end, flush=True)
     except UnicodeError:
         print(ascii(text), flush=True)
-    except (OSError, ValueError):  # the reader has gone, or the output is closed
+    except (OSError, ValueError):  # a broken pipe or a closed file
         sys.stdout = None
 
 
@@ -512,12 +512,12 @@ def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Mo
             if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
-                                 "with --init-from from the last checkpoint, which is still good")
+                                 "by --init-from from the last checkpoint if there is one")
 
 
 def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
     """Write checkpoint.pt, and with --keep a numbered copy. Raises OSError."""
-    settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     saved = {name: item if isinstance(item, Tensor) else item.state_dict() for name, item in state.items()}
     names = [f"checkpoint-{step:06d}.pt", "checkpoint.pt"] if args.keep else ["checkpoint.pt"]
     for name in names:
@@ -526,9 +526,9 @@ def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> 
 
 
 def load(path: str | Path, state: dict | None = None) -> dict:
-    """Read a checkpoint, a file or a run's folder, and restore the networks, Adams and tensors in ``state`` from it.
+    """Read a checkpoint, a file or a run's folder, and restore the networks, optimizers and tensors in ``state``.
 
-    No code in the file is run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    No code in the file can run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -540,10 +540,10 @@ def load(path: str | Path, state: dict | None = None) -> dict:
             raise ValueError("it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
         settings, known = checkpoint.get("settings", {}), vars(make_parser().parse_args([]))
         if others := sorted(known.keys() ^ settings.keys()):
-            raise ValueError(f"it is of another version, with other settings ({', '.join(others)})")
+            raise ValueError(f"it was written by another version, with other settings: {', '.join(others)}")
         for name, value in settings.items():
             if type(value) is not type(known[name]):
                 raise ValueError(f"its setting {name} is {value!r}")
@@ -554,36 +554,35 @@ def load(path: str | Path, state: dict | None = None) -> dict:
                 restore_adam(item, checkpoint["state"][name])
             else:
                 item.load_state_dict(checkpoint["state"][name])
-    except Exception as error:  # a damaged file makes torch raise nearly every kind
+    except Exception as error:  # a damaged file can make torch raise almost anything
         reason = " ".join(str(error).partition(". ")[0].split())
         raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
     return checkpoint
 
 
 def restore_adam(adam: torch.optim.Adam, saved: dict) -> None:
-    """Restore Adam's moments, not its settings: flags may have changed, and a tensor ``lr`` must stay the same one."""
-    groups = [dict(group) for group in adam.param_groups]
+    """Restore Adam's moments. Its settings stay: flags may have changed, and train() may fill the tensor ``lr``."""
+    groups = adam.param_groups
     adam.load_state_dict(saved)
-    for group, own in zip(adam.param_groups, groups):
-        group.update(own)
-        for parameter in group["params"]:  # a fused Adam would write past the end of moments that are too small
-            shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
-            if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
-                raise ValueError("Adam's moments do not fit the weights")
+    adam.param_groups = groups
+    for parameter in groups[0]["params"]:  # a fused Adam would write past the end of moments that are too small
+        shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
+        if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
+            raise ValueError("Adam's moments do not fit the weights")
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
 def load_generator(run: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
-    """The generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
+    """Load the generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
 
     Raises FileNotFoundError or ValueError.
     """
-    settings = load(run)["settings"]
-    generator, _ = build(settings)
-    load(run, dict(generator=generator))
-    return generator.to(device).eval().requires_grad_(False), settings
+    checkpoint = load(run)
+    generator, _ = build(checkpoint["settings"])
+    generator.load_state_dict(checkpoint["state"]["generator"])
+    return generator.to(device).eval().requires_grad_(False), checkpoint["settings"]
 
 
 def sample(args: argparse.Namespace) -> Path:
@@ -608,13 +607,14 @@ def sample(args: argparse.Namespace) -> Path:
 
 # These flags must be positive:
 COUNTS = ("batch_size", "steps", "every", "width", "d_width", "latent", "d_layers", "input_scale", "sample")
-# These flags say what to do with a run, and are not its settings:
-ACTIONS = dict(out=None, init_from=None, resume=False, sample=None)
+# These flags are not settings of a run:
+NOT_SETTINGS = dict(out=None, init_from=None, resume=False, sample=None)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Define the flags. Those of ACTIONS have no default here."""
-    path, switch = os.path.expanduser, argparse.BooleanOptionalAction
+    """Define the flags. Those in NOT_SETTINGS get their defaults from there."""
+    path = os.path.expanduser
+    switch = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", argument_default=argparse.SUPPRESS,
                                      description="Train an Unrolled GAN, or use a generator that it has trained.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -623,11 +623,11 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"ring, grid, a .npy file of points [N, 2], {', '.join(common.NAMES)}, or a folder of pictures")
     add("--data-root", type=path, default="data", help="folder for downloads and decoded pictures")
     add("--image-size", type=int, choices=(16, 32, 64, 128, 256), default=32, help="height and width in pixels")
-    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data have")
+    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data are")
     add("--hflip", action=switch, default=False, help="flip half of the real images left to right")
     add("--prior-std", type=float, default=0.0, help="standard deviation of the weights of ring or grid")
-    add("--batch-size", type=int, default=512, help="points or images in a batch, over all ranks")
-    add("--steps", type=int, default=3000, help="the step to train to")
+    add("--batch-size", type=int, default=512, help="points or images in a batch, counting all ranks")
+    add("--steps", type=int, default=3000, help="stop at this step")
     add("--lr", type=float, nargs="+", default=[1e-3, 3e-4], help="Adam's learning rate, or G's and D's")
     add("--betas", type=float, nargs=2, default=[0.5, 0.999], metavar="BETA", help="Adam's betas")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
@@ -646,7 +646,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=128, help="points: units of a hidden layer; images: channels of G's first layer")
     add("--d-width", type=int, default=8, help="images: channels of D's first layer")
     add("--latent", type=int, default=256, help="length of z")
-    add("--out", type=path, help="folder of the run (default: a new one, or the newest one to resume or use)")
+    add("--out", type=path, help="folder of the run (default: a new one, or to resume or use, the newest)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--init-from", type=path, metavar="RUN", help="start from the weights in another run's folder or checkpoint")
     add("--resume", action="store_true", default=argparse.SUPPRESS, help="continue a run with its settings")
@@ -657,30 +657,32 @@ def make_parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the flags. The settings of a run to resume, or of networks to start from, become the defaults."""
     parser, saved = make_parser(), {}
-    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS))
+    args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS))
     if WORLD > 1 and args.sample:
         parser.error("torchrun is for training only")
     if args.resume or args.sample:
         args.out = args.out or common.newest_folder(f"runs/{SCRIPT}-*", "checkpoint.pt")
-    elif args.out and os.path.exists(args.out) and os.listdir(args.out):
+    elif args.out and os.path.isdir(args.out) and os.listdir(args.out):
         parser.error(f"argument --out: {args.out!r} is not empty; choose a new folder, or --resume the run in it")
+    if args.out and os.path.isfile(args.out):
+        parser.error(f"argument --out: {args.out!r} is a file, not a folder")
     if args.resume:
         saved = load(args.out)["settings"]
         parser.set_defaults(**saved)
     elif args.init_from:
         saved = load(args.init_from)["settings"]
         parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
-    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS | dict(out=args.out)))
+    args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS | dict(out=args.out)))
 
     for name, value in vars(args).items():
         flag = f"argument --{name.replace('_', '-')}"
         if value == "":
             parser.error(f"{flag}: must not be empty")
         if isinstance(value, (int, float)) and not 0 <= value < 2**32:
-            parser.error(f"{flag}: {value} is not a number from 0 to {2**32 - 1}")
+            parser.error(f"{flag}: {value} is negative or too large")
         if name in COUNTS and value == 0:
             parser.error(f"{flag}: must be positive")
-        if name in NETWORK_FLAGS and value != saved.get(name, value):
+        if name in NETWORK_FLAGS and name in saved and value != saved[name]:
             parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
     if args.batch_size % WORLD:
         parser.error(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
@@ -697,20 +699,21 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    args = argparse.Namespace(**ACTIONS)
+    args = argparse.Namespace(**NOT_SETTINGS)
     try:
         args = read_flags(argv)
         action = sample if args.sample else train
         say(f"the results are in {action(args)}")
         if WORLD > 1:
-            dist.barrier()  # gloo may stop a rank when another one leaves first
+            dist.barrier()  # with gloo, a rank that leaves early can crash the others
             dist.destroy_process_group()
     except KeyboardInterrupt:
         if args.out and Path(args.out, "checkpoint.pt").exists():
-            sys.exit(f"stopped; to continue: python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}")
+            command = f"python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}"
+            sys.exit(f"stopped; to continue training: {command}")
         sys.exit("stopped before the first checkpoint, so nothing has been saved")
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as when memory runs out
             raise
         sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
 

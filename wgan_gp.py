@@ -1,4 +1,4 @@
-"""WGAN-GP: Improved Training of Wasserstein GANs (Gulrajani, Ahmed, Arjovsky, Dumoulin and Courville, 2017,
+r"""WGAN-GP: Improved Training of Wasserstein GANs (Gulrajani, Ahmed, Arjovsky, Dumoulin and Courville, 2017,
 arXiv:1704.00028), with options from Progressive GAN (Karras, Aila, Laine and Lehtinen, 2018, arXiv:1710.10196).
 
 The critic C gives real images x high scores and generated images G(z) low ones. A penalty keeps its gradient's norm
@@ -13,10 +13,10 @@ near 1, so that the gap between mean scores estimates the Wasserstein distance. 
     python wgan_gp.py --resume                                     # continue the newest run
     python wgan_gp.py --init-from runs/wgan_gp-001 --image-size 64 # grow a run to twice the size
     python wgan_gp.py --sample 1000; python wgan_gp.py --interpolate 4  # use the generator of the newest run
-    python wgan_gp.py --data photos --augment --dropout 0.5 --n-critic 4 --width 64 --batch-size 64 \\
+    python wgan_gp.py --data photos --augment --dropout 0.5 --n-critic 4 --width 64 --batch-size 64 \
         --lr 1e-4:100,5e-5:300,2e-5~6e-5:400,2.5e-5:300,2e-5:1400 --steps 100000  # the recipe of a known fish generator
-    torchrun --nproc_per_node 8 wgan_gp.py --data cifar10 --n-critic 5 --lr 1e-4 --betas 0 0.9 --no-stddev \\
-        --no-pixel-norm --drift 0 --ema 0 --width 64 --latent 128 --batch-size 64 \\
+    torchrun --nproc_per_node 8 wgan_gp.py --data cifar10 --n-critic 5 --lr 1e-4 --betas 0 0.9 --no-stddev \
+        --no-pixel-norm --drift 0 --ema 0 --width 64 --latent 128 --batch-size 64 \
         --steps 200000                                             # the paper's settings, 8 images per GPU
 
 Measured: the default run took 8.2 minutes on two threads of an AMD EPYC. Its fish have 3.5 times the Frechet
@@ -43,20 +43,20 @@ from torch import Tensor, nn
 
 import common
 
-SCRIPT = "wgan_gp"  # the name that checkpoints carry, whatever this file is called
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts this many processes, its ranks
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # which of them this one is
+SCRIPT = "wgan_gp"  # the name in its checkpoints, whatever this file is called
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes (ranks) that torchrun has started
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the number of this one
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 
 def pixel_norm(x: Tensor) -> Tensor:
-    """x [N, C, H, W] with every pixel's vector of C features divided by its root mean square."""
-    return x * (x.square().sum(dim=1, keepdim=True) / x.shape[1] + 1e-8).rsqrt()  # mean() is slower backwards
+    """Divide each pixel's vector of C features in x [N, C, H, W] by its root mean square."""
+    return x * (x.square().sum(dim=1, keepdim=True) / x.shape[1] + 1e-8).rsqrt()  # mean() has a slower backward pass
 
 
 def minibatch_stddev(x: Tensor, groups: int = 1) -> Tensor:
-    """x [N, C, H, W] and one more channel: the standard deviation over the N images, averaged over C, H and W.
+    """Append to x [N, C, H, W] a channel: the standard deviation over the N images, averaged over C, H and W.
 
     It shows the critic how varied a batch is. ``x`` may hold several batches, of N / groups images each.
     """
@@ -69,26 +69,29 @@ def minibatch_stddev(x: Tensor, groups: int = 1) -> Tensor:
 
 def leaky_relu(x: Tensor) -> Tensor:
     """F.leaky_relu(x, 0.2), for networks that are differentiated twice."""
-    # Double backward through F.leaky_relu sends a gradient of zeros through all layers below it. A product with a
-    # constant mask sends none.
+    # A second derivative through F.leaky_relu is zero, but PyTorch still sends it through every layer below. A product
+    # with a constant mask has none to send.
     return x * x.detach().sign().clamp(0.2, 1)
 
 
 def dropout(x: Tensor, share: float) -> Tensor:
-    """x with this share of its values set to 0 at random, the others scaled up. Twice as fast as F.dropout on CPUs."""
+    """Set this share of x to 0 at random, and scale up the rest. Twice as fast as F.dropout on a CPU."""
     return x * (torch.rand_like(x) >= share) / (1 - share) if share > 0 else x
 
 
 class UpConv(nn.Conv2d):
-    """Nearest-neighbour 2x up-sampling, 3x3 convolution and leaky ReLU, with 2.25 times fewer multiplications."""
+    """Nearest-neighbour 2x up-sampling, 3x3 convolution and leaky ReLU.
+
+    They are one transposed convolution, which takes 2.25 times fewer multiplications than up-sampling first.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, padding=1)
-        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # to which of 4 rows each of 3 is added
+        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # row i of 3 adds to these of 4 rows
         self.register_buffer("taps", torch.einsum("hy,wx->hwyx", rows, rows), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = torch.einsum("oihw,hwyx->ioyx", self.weight, self.taps)  # sums weights that meet the same pixel
+        kernel = torch.einsum("oihw,hwyx->ioyx", self.weight, self.taps)  # adds weights that meet the same pixel
         y = F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
         return F.leaky_relu(y, 0.2)
 
@@ -164,7 +167,7 @@ class Critic(nn.Module):
 def gradient_penalty(critic: Callable, real: Tensor, fake: Tensor, epsilon: Tensor | None = None) -> Tensor:
     """E[(|grad C(x^)| - 1)^2] with x^ = epsilon x + (1 - epsilon) G(z) (eq. 3): samples [N, ...] to a scalar.
 
-    There is one epsilon for each sample, drawn here unless given, [N]. The norm is over all the values of a sample.
+    There is one epsilon for each sample, [N], uniform in [0, 1] by default. The norm is over all values of a sample.
     Raises ValueError if the shapes differ, or if the scores have no gradient.
     """
     if real.shape != fake.shape or real.ndim < 2:
@@ -263,7 +266,7 @@ def train(args: argparse.Namespace) -> Path:
 
     generator = build(Generator, vars(args)).to(device)
     critic = build(Critic, vars(args)).to(device)
-    averaged = copy.deepcopy(generator).requires_grad_(False)  # its samples are shown and saved
+    averaged = copy.deepcopy(generator).requires_grad_(False)  # makes all the samples
     g_parameters, c_parameters = list(generator.parameters()), list(critic.parameters())
     lr = torch.zeros((), device=device)
     ema_weight = torch.ones_like(lr)
@@ -286,9 +289,9 @@ def train(args: argparse.Namespace) -> Path:
     folder = Path(args.out or "")  # only rank 0 writes
 
     def update() -> Tensor:
-        """One step: --n-critic updates of C and one of G, all of it work for the device. Returns the METRICS."""
+        """One step: --n-critic updates of C and one of G, without waiting for the device. Returns the METRICS."""
         z = torch.randn(args.n_critic * batch_size, args.latent, device=device)
-        with torch.no_grad(), autocast:  # one pass makes the images for all updates of C, as G stays the same
+        with torch.no_grad(), autocast:  # G does not change while C learns, so one pass makes all its images
             fakes = generator(z).to(z).chunk(args.n_critic)
         for turn, fake in enumerate(fakes):
             real = batches(turn)
@@ -297,7 +300,7 @@ def train(args: argparse.Namespace) -> Path:
             with autocast:
                 scores = critic(torch.cat([real, fake]), groups=2)
             real_scores, fake_scores = scores.to(z).chunk(2)
-            penalty = gradient_penalty(critic, real, fake)  # in fp32, to be safe
+            penalty = gradient_penalty(critic, real, fake)  # outside autocast: bf16 is no faster here
             L_C = critic_loss(real_scores, fake_scores, penalty, args.gp_weight, args.drift)
             adam_c.zero_grad()
             L_C.backward(inputs=c_parameters)
@@ -316,13 +319,13 @@ def train(args: argparse.Namespace) -> Path:
         update_ema(averaged, generator, ema_weight)
 
         wasserstein = real_scores.mean() - fake_scores.mean()
-        # The mean of |grad C(G(z))|, which is all that G learns from. The penalty keeps it near 1.
+        # The mean of |grad C(G(z))|, because L_G is a mean. It is near 1 if the penalty works at G(z) too.
         gradient_norm = fake.grad.to(z).flatten(1).norm(dim=1).sum()
         return torch.stack([L_C, L_G, wasserstein, penalty, gradient_norm, lr]).detach()
 
     @torch.no_grad()
     def show(step: int) -> None:
-        """Write what there is to look at."""
+        """Write the table, the chart and the pictures."""
         fake, plain = averaged(fixed_z[:64]), generator(fixed_z[:64])  # plain: without the average
         common.attempt(common.save_table, rows, folder / "metrics.csv")
         common.attempt(common.save_chart, rows, folder / "curves.png", PANELS)
@@ -343,7 +346,7 @@ def train(args: argparse.Namespace) -> Path:
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
         low, high = lr_range(step, pieces, args.lr_steps)
         lr.fill_(random.Random(args.seed * 1_000_003 + step).uniform(low, high))  # the same rate on every rank
-        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # the average soon forgets the initial weights
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, which forgets the start
         batches.refill()
         total += step_once()
         say(f"{step + 1}/{args.steps}", end="\r")
@@ -446,7 +449,7 @@ def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 result = update()  # recorded, not run
         except RuntimeError as error:
-            say(f"no CUDA graph, so the steps run one operation at a time: {str(error).splitlines()[0]}")
+            say(f"no CUDA graph could be captured, so training runs without: {str(error).splitlines()[0]}")
             while True:
                 yield update()
         while True:
@@ -458,13 +461,13 @@ def cuda_graph(update: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print on rank 0; a counter, with end="\\r", only on a terminal. Whatever becomes of the output, a run goes on."""
+    """Print on rank 0, and a counter (end="\\r") only on a terminal. A closed output never stops a run."""
     try:
         if RANK == 0 and (end == "\n" or getattr(sys.stdout, "isatty", bool)()):
             print(text, end=end, flush=True)
     except UnicodeError:
         print(ascii(text), flush=True)
-    except (OSError, ValueError):  # the reader has gone, or the output is closed
+    except (OSError, ValueError):  # a broken pipe or a closed file
         sys.stdout = None
 
 
@@ -475,12 +478,12 @@ def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Mo
             if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
-                                 "with --init-from from the last checkpoint, which is still good")
+                                 "by --init-from from the last checkpoint if there is one")
 
 
 def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
     """Write checkpoint.pt, and with --keep a numbered copy. Raises OSError."""
-    settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     saved = {name: item if isinstance(item, Tensor) else item.state_dict() for name, item in state.items()}
     names = [f"checkpoint-{step:06d}.pt", "checkpoint.pt"] if args.keep else ["checkpoint.pt"]
     for name in names:
@@ -489,9 +492,9 @@ def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> 
 
 
 def load(path: str | Path, state: dict | None = None) -> dict:
-    """Read a checkpoint, a file or a run's folder, and restore the networks, Adams and tensors in ``state`` from it.
+    """Read a checkpoint, a file or a run's folder, and restore the networks, optimizers and tensors in ``state``.
 
-    No code in the file is run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    No code in the file can run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -503,10 +506,10 @@ def load(path: str | Path, state: dict | None = None) -> dict:
             raise ValueError("it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
         settings, known = checkpoint.get("settings", {}), vars(make_parser().parse_args([]))
         if others := sorted(known.keys() ^ settings.keys()):
-            raise ValueError(f"it is of another version, with other settings ({', '.join(others)})")
+            raise ValueError(f"it was written by another version, with other settings: {', '.join(others)}")
         for name, value in settings.items():
             if type(value) is not type(known[name]):
                 raise ValueError(f"its setting {name} is {value!r}")
@@ -517,40 +520,39 @@ def load(path: str | Path, state: dict | None = None) -> dict:
                 restore_adam(item, checkpoint["state"][name])
             else:
                 item.load_state_dict(checkpoint["state"][name])
-    except Exception as error:  # a damaged file makes torch raise nearly every kind
+    except Exception as error:  # a damaged file can make torch raise almost anything
         reason = " ".join(str(error).partition(". ")[0].split())
         raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
     return checkpoint
 
 
 def restore_adam(adam: torch.optim.Adam, saved: dict) -> None:
-    """Restore Adam's moments, not its settings: flags may have changed, and a tensor ``lr`` must stay the same one."""
-    groups = [dict(group) for group in adam.param_groups]
+    """Restore Adam's moments. Its settings stay: flags may have changed, and train() may fill the tensor ``lr``."""
+    groups = adam.param_groups
     adam.load_state_dict(saved)
-    for group, own in zip(adam.param_groups, groups):
-        group.update(own)
-        for parameter in group["params"]:  # a fused Adam would write past the end of moments that are too small
-            shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
-            if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
-                raise ValueError("Adam's moments do not fit the weights")
+    adam.param_groups = groups
+    for parameter in groups[0]["params"]:  # a fused Adam would write past the end of moments that are too small
+        shapes = {name: moment.shape for name, moment in adam.state[parameter].items()}
+        if shapes != dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
+            raise ValueError("Adam's moments do not fit the weights")
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
 def load_generator(run: str | Path, device: torch.device | str = "cpu") -> tuple[Generator, dict]:
-    """The averaged generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
+    """Load the averaged generator of a run's folder or checkpoint, for z [N, latent], and the run's settings.
 
     Raises FileNotFoundError or ValueError.
     """
-    settings = load(run)["settings"]
-    generator = build(Generator, settings)
-    load(run, dict(averaged=generator))
-    return generator.to(device).eval().requires_grad_(False), settings
+    checkpoint = load(run)
+    generator = build(Generator, checkpoint["settings"])
+    generator.load_state_dict(checkpoint["state"]["averaged"])
+    return generator.to(device).eval().requires_grad_(False), checkpoint["settings"]
 
 
 def sample(args: argparse.Namespace) -> Path:
-    """--sample N: write N pictures, numbered, as FID tools want them."""
+    """--sample N: write 00000.png, 00001.png and so on, as FID tools want them."""
     device = start(args)
     generator, settings = load_generator(args.out, device)
     folder = common.next_folder(Path(args.out, "sample"))
@@ -596,8 +598,8 @@ def interpolate(args: argparse.Namespace) -> Path:
 
 # These flags must be positive:
 COUNTS = ("batch_size", "steps", "every", "n_critic", "width", "latent", "sample", "interpolate")
-# These flags say what to do with a run, and are not its settings:
-ACTIONS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None)
+# These flags are not settings of a run:
+NOT_SETTINGS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None)
 
 
 def schedule(text: str) -> str:
@@ -608,8 +610,9 @@ def schedule(text: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Define the flags. Those of ACTIONS have no default here."""
-    path, switch = os.path.expanduser, argparse.BooleanOptionalAction
+    """Define the flags. Those in NOT_SETTINGS get their defaults from there."""
+    path = os.path.expanduser
+    switch = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", argument_default=argparse.SUPPRESS,
                                      description="Train WGAN-GP, or use a generator that it has trained.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -617,11 +620,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", type=path, default="fish", help=f"{', '.join(common.NAMES)}, or a folder of pictures")
     add("--data-root", type=path, default="data", help="folder for downloads and decoded pictures")
     add("--image-size", type=int, choices=(16, 32, 64, 128, 256), default=32, help="height and width in pixels")
-    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data have")
+    add("--channels", type=int, choices=(0, 1, 3), default=0, help="1 for grey, 3 for RGB, 0 for what the data are")
     add("--hflip", action=switch, default=False, help="flip half of the real images left to right")
     add("--augment", action=switch, default=False, help="rotate, shift, shear, zoom and tint real images at random")
-    add("--batch-size", type=int, default=16, help="images in a batch, over all ranks")
-    add("--steps", type=int, default=7000, help="the step to train to")
+    add("--batch-size", type=int, default=16, help="images in a batch, counting all ranks")
+    add("--steps", type=int, default=7000, help="stop at this step")
     add("--lr", type=schedule, default="1e-3:2,2e-4~6e-4:1", help="Adam's learning rate, or pieces RATE:SHARE and "
         "LOW~HIGH:SHARE; between LOW and HIGH, every step draws its own")
     add("--lr-steps", type=int, default=0, help="steps that the pieces of --lr share; 0 for all --steps")
@@ -641,7 +644,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--latent", type=int, default=64, help="length of z")
     add("--stddev", action=switch, default=True, help="minibatch standard deviation in the critic")
     add("--pixel-norm", action=switch, default=True, help="pixel normalisation in the generator")
-    add("--out", type=path, help="folder of the run (default: a new one, or the newest one to resume or use)")
+    add("--out", type=path, help="folder of the run (default: a new one, or to resume or use, the newest)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--init-from", type=path, metavar="RUN", help="start from the weights in another run's folder or checkpoint; "
         "an --image-size of 64 or more may be twice that run's")
@@ -654,20 +657,22 @@ def make_parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the flags. The settings of a run to resume, or of networks to start from, become the defaults."""
     parser, saved = make_parser(), {}
-    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS))
+    args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS))
     if WORLD > 1 and (args.sample or args.interpolate):
         parser.error("torchrun is for training only")
     if args.resume or args.sample or args.interpolate:
         args.out = args.out or common.newest_folder(f"runs/{SCRIPT}-*", "checkpoint.pt")
-    elif args.out and os.path.exists(args.out) and os.listdir(args.out):
+    elif args.out and os.path.isdir(args.out) and os.listdir(args.out):
         parser.error(f"argument --out: {args.out!r} is not empty; choose a new folder, or --resume the run in it")
+    if args.out and os.path.isfile(args.out):
+        parser.error(f"argument --out: {args.out!r} is a file, not a folder")
     if args.resume:
         saved = load(args.out)["settings"]
         parser.set_defaults(**saved)
     elif args.init_from:
         saved = load(args.init_from)["settings"]
         parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
-    args = parser.parse_args(argv, argparse.Namespace(**ACTIONS | dict(out=args.out)))
+    args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS | dict(out=args.out)))
     if args.init_from and args.image_size == 2 * saved["image_size"] >= 64:
         saved["image_size"] = args.image_size  # the networks grow
 
@@ -676,10 +681,10 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         if value == "":
             parser.error(f"{flag}: must not be empty")
         if isinstance(value, (int, float)) and not 0 <= value < 2**32:
-            parser.error(f"{flag}: {value} is not a number from 0 to {2**32 - 1}")
+            parser.error(f"{flag}: {value} is negative or too large")
         if name in COUNTS and value == 0:
             parser.error(f"{flag}: must be positive")
-        if name in NETWORK_FLAGS and value != saved.get(name, value):
+        if name in NETWORK_FLAGS and name in saved and value != saved[name]:
             parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
     if args.batch_size % WORLD:
         parser.error(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
@@ -688,20 +693,21 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    args = argparse.Namespace(**ACTIONS)
+    args = argparse.Namespace(**NOT_SETTINGS)
     try:
         args = read_flags(argv)
         action = sample if args.sample else interpolate if args.interpolate else train
         say(f"the results are in {action(args)}")
         if WORLD > 1:
-            dist.barrier()  # gloo may stop a rank when another one leaves first
+            dist.barrier()  # with gloo, a rank that leaves early can crash the others
             dist.destroy_process_group()
     except KeyboardInterrupt:
         if args.out and Path(args.out, "checkpoint.pt").exists():
-            sys.exit(f"stopped; to continue: python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}")
+            command = f"python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}"
+            sys.exit(f"stopped; to continue training: {command}")
         sys.exit("stopped before the first checkpoint, so nothing has been saved")
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as when memory runs out
             raise
         sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
 

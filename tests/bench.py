@@ -238,7 +238,7 @@ def our_step(module: ModuleType, flags: list[str]) -> tuple[Callable, dict]:
     if old:
         args = module.parser().settings(flags)
     else:
-        args = module.make_parser().parse_args(flags, argparse.Namespace(**module.ACTIONS))
+        args = module.make_parser().parse_args(flags, argparse.Namespace(**module.NOT_SETTINGS))
     with tempfile.TemporaryDirectory() as args.out, contextlib.suppress(Stop), contextlib.redirect_stdout(None), \
             mock.patch.object(module.common, "load_images", noise), \
             mock.patch.object(*(module, "repeat") if old else (torch, "manual_seed"), leave):

@@ -20,7 +20,7 @@ def text(page: str) -> str:
 
 def parse(script: str, arguments: list[str]) -> argparse.Namespace:
     module = importlib.import_module(script)
-    return module.make_parser().parse_args(arguments, argparse.Namespace(**module.ACTIONS))
+    return module.make_parser().parse_args(arguments, argparse.Namespace(**module.NOT_SETTINGS))
 
 
 def commands(page: str) -> list[tuple[str, list[str]]]:

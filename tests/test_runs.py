@@ -608,7 +608,7 @@ def test_captured_steps_equal_eager_steps_on_a_gpu(script, flags, tmp_path):
 
 def test_what_is_the_same_in_all_scripts_is_the_same_text(script):
     ends = {"# ---- device, ranks, checkpoints": "# ---- sampling", "WORLD = ": "# ---- networks",
-            "    parser, saved =": "    if args.resume or", "    for name, value in vars(args)": "    if args.",
+            "    elif args.out and": "    args = parser.parse", "    for name, value in vars(args)": "    if args.",
             "def main(": "        action =", '        say(f"the results': "if __name__"}
     texts = [(ROOT / f"{name}.py").read_text() for name in (script, "began")]
     for first, last in ends.items():
@@ -675,7 +675,7 @@ def commands(script: str) -> list[list[str]]:
 
 
 def test_the_commands_of_the_docstring(script, pictures, tmp_path, monkeypatch):
-    """At toy size, then resumed: a rate above 0, an average with the network's buffers, the flags that were given."""
+    """At toy size, then resumed: a rate above 0, an average whose buffers move, the flags that were given."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pictures, "photos")
     np.save("points.npy", np.random.default_rng(0).normal(size=(50, 2)))
@@ -710,7 +710,7 @@ def test_the_commands_of_the_docstring(script, pictures, tmp_path, monkeypatch):
         if averaged := state.get("averaged"):
             assert all(torch.equal(value, averaged[name]) for name, value in generator.state_dict().items())
             for name, _ in generator.named_buffers():
-                assert name not in averaged or torch.equal(averaged[name], state["generator"][name])
+                assert name not in averaged or torch.allclose(averaged[name], state["generator"][name], atol=0.1), name
     for path in "samples/000002.png", "samples/real.png":
         with Image.open(folder / path) as image:
             low, high = image.convert("L").getextrema()
