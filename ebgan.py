@@ -540,7 +540,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         parser.error("torchrun is for training only")
     if args.resume or args.sample or args.interpolate:
         args.out = args.out or common.newest_folder(f"runs/{SCRIPT}-*", "checkpoint.pt")
-    elif args.out and os.path.isdir(args.out) and os.listdir(args.out):
+    elif args.out and any(Path(args.out).glob("[!.]*")):
         parser.error(f"argument --out: {args.out!r} is not empty; choose a new folder, or --resume the run in it")
     if args.out and os.path.isfile(args.out):
         parser.error(f"argument --out: {args.out!r} is a file, not a folder")
@@ -556,8 +556,9 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         flag = f"argument --{name.replace('_', '-')}"
         if value == "":
             parser.error(f"{flag}: must not be empty")
-        if isinstance(value, (int, float)) and not 0 <= value < 2**32:
-            parser.error(f"{flag}: {value} is negative or too large")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not 0 <= number < 2**32:
+                parser.error(f"{flag}: {number} is negative or too large")
         if name in COUNTS and value == 0:
             parser.error(f"{flag}: must be positive")
         if name in NETWORK_FLAGS and name in saved and value != saved[name]:
@@ -583,8 +584,8 @@ def main(argv: list[str] | None = None) -> None:
             dist.destroy_process_group()
     except KeyboardInterrupt:
         if args.out and Path(args.out, "checkpoint.pt").exists():
-            command = f"python {Path(__file__).name} --resume --out {shlex.quote(str(args.out))}"
-            sys.exit(f"stopped; to continue training: {command}")
+            command = ["python", os.path.relpath(__file__), "--resume", "--out", str(args.out)]
+            sys.exit(f"stopped; to continue training: {shlex.join(command)}")
         sys.exit("stopped before the first checkpoint, so nothing has been saved")
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as when memory runs out

@@ -339,7 +339,7 @@ def test_ctrl_c_says_how_to_go_on(script, flags, half, whole, tmp_path):
     half.rename(tmp_path / "ha lf")
     with interrupted(script, 5) as stop:
         module(script).main(["--resume", "--out", str(tmp_path / "ha lf")])
-    python, name, *arguments = shlex.split(stop.value.code.removeprefix("stopped; to continue: "))
+    python, name, *arguments = shlex.split(stop.value.code.removeprefix("stopped; to continue training: "))
     module(script).main(arguments)
     assert python == "python" and Path(name).name == f"{script}.py" and same_end(tmp_path / "ha lf", whole)
 

@@ -194,7 +194,7 @@ def test_training_takes_textbook_steps(more, pictures, tmp_path, double):
         torch.manual_seed(step)
         fake, x = G(torch.randn(4, 4)), draw()
         reals = [draw() if settings["fresh"] else x for _ in range(settings["unroll_steps"])]
-        theta = unrolled_gan.unroll(D, adam_d, lambda theta: -f(D, theta, reals.pop(), fake), len(reals))
+        theta = unrolled_gan.unroll(D, adam_d, lambda theta: -f(D, theta, reals.pop(0), fake), len(reals))
         f_K, L_D = f(D, theta, x, fake), -f(D, {}, x, fake)
         L_G = f_K if settings["g_loss"] == "saddle" else -functional_call(D, theta, (fake,)).sigmoid().log().mean()
         for loss, network in (L_G, G), (L_D, D):
