@@ -560,7 +560,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--residual-steps", type=int, default=0, help="steps of vanishing residuals, 16000 in the paper; 0 for none")
     add("--out", type=path, help="folder of the run (default: a new one, or to resume or use, the newest)")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--init-from", type=path, metavar="RUN", help="start from the weights in another run's folder or checkpoint")
+    add("--init-from", type=path, metavar="RUN", help="start a new run from the weights of another run or checkpoint")
     add("--resume", action="store_true", default=argparse.SUPPRESS, help="continue a run with its settings")
     add("--sample", type=int, metavar="N", help="write N samples of a trained generator")
     add("--interpolate", type=int, metavar="N", help="write N walks between random z")

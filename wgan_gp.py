@@ -603,10 +603,13 @@ NOT_SETTINGS = dict(out=None, init_from=None, resume=False, sample=None, interpo
 
 
 def schedule(text: str) -> str:
-    """Check the text of --lr. Raises ValueError, for argparse."""
-    if not all(0 < low <= high < 1 and 0 < share < math.inf for low, high, share in parse_schedule(text)):
-        raise ValueError("a rate or a share is out of range")
-    return text
+    """A type for argparse: text that ``parse_schedule`` understands."""
+    try:
+        if all(0 < low <= high < 1 and 0 < share < math.inf for low, high, share in parse_schedule(text)):
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not made of RATE:SHARE and LOW~HIGH:SHARE, with rates from 0 to 1")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -627,7 +630,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=7000, help="stop at this step")
     add("--lr", type=schedule, default="1e-3:2,2e-4~6e-4:1", help="Adam's learning rate, or pieces RATE:SHARE and "
         "LOW~HIGH:SHARE; between LOW and HIGH, every step draws its own")
-    add("--lr-steps", type=int, default=0, help="steps that the pieces of --lr share; 0 for all --steps")
+    add("--lr-steps", type=int, default=0, help="steps that the pieces of --lr share; 0 for --steps")
     add("--betas", type=float, nargs=2, default=[0.0, 0.99], metavar="BETA", help="Adam's betas")
     add("--ema", type=float, default=0.999, help="decay of the averaged generator; 0 for no averaging")
     add("--precision", choices=("auto", "fp32", "bf16"), default="fp32", help="auto is bf16 where the hardware has it")
@@ -646,7 +649,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pixel-norm", action=switch, default=True, help="pixel normalisation in the generator")
     add("--out", type=path, help="folder of the run (default: a new one, or to resume or use, the newest)")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--init-from", type=path, metavar="RUN", help="start from the weights in another run's folder or checkpoint; "
+    add("--init-from", type=path, metavar="RUN", help="start a new run from the weights of another run or checkpoint; "
         "an --image-size of 64 or more may be twice that run's")
     add("--resume", action="store_true", default=argparse.SUPPRESS, help="continue a run with its settings")
     add("--sample", type=int, metavar="N", help="write N samples of a trained generator")
