@@ -24,7 +24,7 @@ and its gradient runs through these steps. D itself then takes one ordinary step
         --width 64 --d-width 4 --lr 1e-4 2e-4                      # its 1,000 modes, with D half as wide as G
     python unrolled_gan.py --d-activation tanh --gain 1.4 --lr 1e-3 1e-4 --unroll-steps 5 --g-loss saddle \
         --steps 25000                                              # the settings of the authors' notebook
-    python unrolled_gan.py --activation relu --gain 0 --lr 1e-3 1e-4 --fresh    # those of andrewliao11/unrolled-gans
+    python unrolled_gan.py --activation relu --gain 0 --lr 1e-3 1e-4 --fresh    # settings of andrewliao11/unrolled-gans
 
 Measured over three seeds: a ReLU generator finds 8.0 of the ring's 8 modes with K = 10 and 1.0 with K = 0. A tanh
 generator finds 25.0 of the grid's 25 with K = 10 and 2.3 with K = 0.
@@ -170,7 +170,7 @@ def unroll(discriminator: nn.Module, adam: torch.optim.Adam, loss: Callable[[dic
     buffers = {name: buffer.detach().clone() for name, buffer in discriminator.named_buffers()}
 
     # All parameters lie end to end in one vector, on which a step of Adam is a few operations. Matrices are transposed
-    # in it: the gradient of a weight [width, 2] is slow to compute, and that of [2, width] is not.
+    # in it, because a gradient with two columns is slow to compute, and one with two rows is not.
     def transposed(tensor: Tensor) -> Tensor:
         return tensor.mT if tensor.ndim == 2 else tensor
 
