@@ -1,4 +1,4 @@
-"""Data and image helpers of the four scripts: datasets and folders, batches, pictures, charts and two measures."""
+"""Data and image helpers for the four scripts: datasets and folders, batches, pictures, charts and two measures."""
 
 import csv
 import functools
@@ -11,11 +11,12 @@ import mmap
 import os
 import random
 import re
+import shutil
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,9 +34,8 @@ from torch import Tensor
 def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
     """Write a file completely or not at all: `with atomic_write("a.png") as file: image.save(file)`.
 
-    `file` is a hidden temporary file beside `path`. When the block ends, it is synced to the disk (unless `sync` is
-    off) and renamed. If anything fails, `path` stays as it was. Only one process may write a path at a time.
-    Raises OSError, with a message of one line that names `path`.
+    `file` is a hidden temporary file beside `path`. When the block ends, it is synced (if `sync` is on) and renamed. If
+    anything fails, `path` stays as it was. Only one process may write a path at a time. Raises OSError, which names it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -57,7 +57,7 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Rename a file to `path`. Windows refuses while another program has `path` open, so try for a second."""
+    """Rename a file or folder. Windows refuses while another program has it open, so keep trying for a second."""
     for _ in range(20):
         with suppress(PermissionError):
             return os.replace(temporary, path)
@@ -66,16 +66,13 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Say what went wrong in one short ASCII line without the path."""
+    """Say in one short ASCII line what went wrong, without the path."""
     text = getattr(error, "strerror", None) or str(error).partition(" file '")[0]
     return ascii(f"{type(error).__name__}: {text}")[1:-1][:160]
 
 
 def _print_to_stderr(text: str, end: str = "\n") -> None:
-    """Print a text, whatever state stderr is in: missing, closed, or unable to encode a character.
-
-    With `end` "\\r", which keeps a line up to date, print only on a terminal.
-    """
+    """Print to stderr, and ignore it if it is broken. Progress lines (end="\\r") appear only on a terminal."""
     with suppress(Exception):
         encoding = getattr(sys.stderr, "encoding", None) or "ascii"
         if end == "\n" or sys.stderr.isatty():
@@ -84,7 +81,7 @@ def _print_to_stderr(text: str, end: str = "\n") -> None:
 
 
 def next_folder(stem: str | Path) -> Path:
-    """Make and return the first of the folders stem-001, stem-002, ... that does not exist yet. Raises OSError."""
+    """Make the first of the folders stem-001, stem-002, ... that does not exist yet, and return it. Raises OSError."""
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
     for count in itertools.count(1):
         folder = Path(f"{stem}-{count:03d}")
@@ -94,7 +91,7 @@ def next_folder(stem: str | Path) -> Path:
 
 
 def newest_folder(pattern: str, file: str) -> Path:
-    """Return the folder that matches a pattern and has the newest `file` in it. Raises FileNotFoundError."""
+    """Of the folders that match a pattern, return the one whose `file` is newest. Raises FileNotFoundError."""
     found = max(Path().glob(f"{pattern}/{file}"), key=os.path.getmtime, default=None)
     if found is None:
         raise FileNotFoundError(f"there is no {pattern}/{file} in {os.getcwd()!r}")
@@ -102,7 +99,7 @@ def newest_folder(pattern: str, file: str) -> Path:
 
 
 def attempt(write: Callable, *arguments: object) -> None:
-    """Call a function that writes something to look at. If it fails, print a warning."""
+    """Call a function that writes something to look at. A failure is a warning."""
     try:
         write(*arguments)
     except Exception as error:
@@ -410,9 +407,9 @@ def draw_fish(rng: random.Random, size: int) -> tuple[Image.Image, int]:
 
 # ---- datasets and folders -------------------------------------------------------------------------------------------
 
-DRAWN = {"digits": (draw_digit, 1), "faces": (draw_face, 3), "fish": (draw_fish, 3)}  # with their own channels
-DRAWN_COUNT, DRAWN_SEED, DRAWING_VERSION = 6_000, 0, 1  # raise the version when a drawing changes
-STACKED = {"stacked": "digits", "stacked-mnist": "mnist"}  # with the sets whose digits are stacked
+DRAWN = {"digits": (draw_digit, 1), "faces": (draw_face, 3), "fish": (draw_fish, 3)}  # name: (draw function, channels)
+DRAWN_COUNT, DRAWN_SEED = 6_000, 0
+STACKED = {"stacked": "digits", "stacked-mnist": "mnist"}  # name: the set its digits come from
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}
 NAMES = [*DRAWN, *STACKED, *TORCHVISION]
 FILE_TYPES = Image.registered_extensions()  # {".jpg": "JPEG", ...} of the installed Pillow
@@ -430,16 +427,16 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
     """Load all pictures of `source` in a fixed order: uint8 [N, C, image_size, image_size], 0 to 255.
 
     source: a generated set (digits, faces, fish), three digits as red, green and blue (stacked, stacked-mnist), a
-        torchvision training set (mnist, fashion, cifar10, celeba; kept in `root`) or a folder, which is read with its
-        subfolders. Hidden and system folders, folders that hold a run, and `root` are left out.
-    channels: C is 1 (luminance) or 3. With None or 0 it is what the set has, which is 1 if all its pixels are grey.
-        Grey levels of more than 8 bits share one scale: white is the greatest value in any file of the folder, and
-        black is 0, or the smallest value if that is negative.
-    quiet: print nothing. Otherwise a line on stderr counts the pictures, and bad pictures are named.
+        torchvision training set (mnist, fashion, cifar10, celeba; kept in `root`), or a folder with its subfolders.
+        Hidden and system folders, folders that hold a run, and `root` are left out.
+    channels: 1 (luminance) or 3. None or 0 means 1 if every pixel is grey, and 3 otherwise. Greyscale of more than
+        8 bits is scaled with one range for the whole folder: white is the greatest value, black is 0 or, if that is
+        lower, the smallest.
+    quiet: print nothing. Otherwise lines on stderr count the pictures and name those that cannot be read.
 
-    Generated sets, CelebA and folders are decoded once, to a file in `root`/cache that is mapped into memory and may
-    be larger than the memory. Writing into the tensor does not change the file. Raises ValueError for a wrong argument
-    or a folder without a usable picture, and OSError if a download fails or `root` cannot be written.
+    Generated sets, CelebA and folders are decoded once into root/cache and memory-mapped, so they may be larger than
+    the memory. Writing to the tensor does not change the cache. Raises ValueError (a wrong argument, no usable picture)
+    or OSError (a download fails, `root` cannot be written).
     """
     channels = channels or 0
     if type(image_size) is not int or image_size < 1 or channels not in (0, 1, 3):
@@ -448,22 +445,19 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
     if source in NAMES and os.path.isdir(source) and os.path.abspath(root) != os.getcwd():
         raise ValueError(f"{source!r} is a dataset and also a folder here: give ./{source} to use the folder, or "
                          "rename the folder to use the dataset")
-    if source in DRAWN:
-        draw, own = DRAWN[source]
-        return _load_through_cache(_PictureSet(
-            source, [DRAWN_SEED, DRAWING_VERSION], range(DRAWN_COUNT), image_size, channels or own, root, quiet,
-            lambda index, task: task(draw(random.Random(f"{DRAWN_SEED}-{index}"), image_size)[0])))
     if source in STACKED:
         if channels == 1:
-            raise ValueError(f"{source!r} has 3 channels")
+            raise ValueError(f"{source!r} is always in colour")
         digits = load_images(STACKED[source], image_size, 1, root, quiet)
         return digits[_stacked(len(digits))].squeeze(2)
-    if source == "celeba":
+    if source in DRAWN:
+        draw, own = DRAWN[source]
+        pictures = _PictureSet(source, [f"{DRAWN_SEED}-{index}" for index in range(DRAWN_COUNT)],
+                               lambda seed: draw(random.Random(seed), image_size)[0], channels or own)
+    elif source == "celeba":
         names, folder = list(_torchvision(source, root).filename), os.path.join(root, "celeba", "img_align_celeba")
-        return _load_through_cache(_PictureSet(
-            source, names, names, image_size, channels or 3, root, quiet,
-            lambda name, task: _open_picture(os.path.join(folder, name), lambda image: task(image.crop(CELEBA_BOX)))))
-    if source in TORCHVISION:
+        pictures = _PictureSet(source, names, lambda name: _open_picture(folder, name).crop(CELEBA_BOX), channels or 3)
+    elif source in TORCHVISION:
         data = torch.as_tensor(_torchvision(source, root).data)  # [N, 28, 28] or [N, 32, 32, 3]
         from torchvision.transforms import functional  # here, because torchvision doubles the start-up time
         images = data.permute(0, 3, 1, 2) if data.ndim == 4 else functional.pad(data[:, None], [2])
@@ -471,14 +465,13 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
         parts = images.split(1000)  # because resizing takes more memory than its result
         images = torch.cat([functional.resize(part, [image_size] * 2, antialias=True) for part in parts])
         return images.expand(-1, channels or -1, -1, -1).contiguous()
-    if os.path.isdir(source):
+    elif os.path.isdir(source):
         found, remark = _find_pictures(source, root)
-        return _load_through_cache(_PictureSet(
-            os.path.abspath(source), found, [name for name, *_ in found], image_size, channels, root, quiet,
-            lambda name, task: _open_picture(os.path.join(source, name), task), remark, is_folder=True))
-    if os.path.isfile(source):
-        raise ValueError(f"{source!r} is a file: give a folder of pictures, and unpack an archive first")
-    raise ValueError(f"no such data: {source!r}; give {ACCEPTED}")
+        name, open_file = os.path.abspath(source), functools.partial(_open_picture, source)
+        pictures = _PictureSet(name, found, open_file, channels, remark)
+    else:
+        raise ValueError(f"no such dataset or folder: {source!r}; give {ACCEPTED}")
+    return _load_through_cache(pictures, image_size, root, quiet)
 
 
 def _stacked(count: int) -> Tensor:
@@ -499,19 +492,20 @@ def _torchvision(source: str, root: str) -> torch.utils.data.Dataset:
         raise OSError(f"{source} failed ({_reason(error)}); {hint}") from error
 
 
-def _find_pictures(folder: str, root: str) -> tuple[list[list], str]:
-    """Find the pictures below `folder`: a sorted list of [name, bytes, time], and a remark on what is left out."""
+def _find_pictures(folder: str, root: str) -> tuple[dict[str, list], str]:
+    """Find the pictures in and below `folder`: {name: [bytes, time]}, sorted, and a remark on what is left out."""
     if os.path.exists(os.path.join(folder, "samples", "real.png")):
         raise ValueError(f"{folder!r} holds a run, and its samples are not data; move the pictures to another folder")
-    found, unread, left_out, seen, start = [], Counter(), Counter(), set(), len(os.path.join(folder, ""))
-    walk = os.walk(folder, followlinks=True, onerror=lambda error: found.append([error.filename[start:]]))
+    found, unread, left_out, seen, start = {}, Counter(), Counter(), set(), len(os.path.join(folder, ""))
+    # A folder that cannot be listed counts as a picture that cannot be read, so that it is named
+    walk = os.walk(folder, followlinks=True, onerror=lambda error: found.update({error.filename[start:]: []}))
     for where, folders, files in walk:
-        folders.sort()  # so that a folder that can be reached in two ways is always reached in the same way
-        real, reason = os.path.realpath(where), ""
-        if where != folder:
-            reason = _reason_to_leave_out(where, root)
-        if reason or real in seen:  # a link may lead to a folder that was read already, or is being read
+        folders.sort()  # so that a folder with two paths is always reached by the same one
+        real = os.path.realpath(where)
+        reason = _reason_to_leave_out(where, root) if where != folder else ""
+        if reason:
             left_out[reason] += 1
+        if reason or real in seen:  # a link can lead to a folder that has been read, or to one above it
             folders.clear()
             continue
         seen.add(real)
@@ -519,14 +513,18 @@ def _find_pictures(folder: str, root: str) -> tuple[list[list], str]:
             if reason := _reason_to_leave_out(path):
                 left_out[reason] += 1
             elif path.lower().endswith(SUFFIXES):
-                stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.exists(path) else []
-                found.append([path[start:], *stamp])
+                try:
+                    status = os.stat(path)
+                    found[path[start:]] = [status.st_size, status.st_mtime_ns]
+                except OSError:  # a broken link, or deleted meanwhile: it will be skipped and named
+                    found[path[start:]] = []
             else:
                 unread[ascii(Path(path).suffix.lower())[1:-1][:9] or "unnamed"] += 1
     most = ", ".join(f"{count:,} {suffix}" for suffix, count in unread.most_common(5))
     remark = f", {unread.total():,} files not read ({most})" if unread else ""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if reason)
-    return sorted(found), f"{remark}, left out: {reasons}" if reasons else remark
+    if left_out:
+        remark += f", left out: {', '.join(f'{count:,} {reason}' for reason, count in left_out.items())}"
+    return dict(sorted(found.items())), remark
 
 
 def _reason_to_leave_out(path: str, root: str | None = None) -> str:
@@ -543,31 +541,31 @@ def _reason_to_leave_out(path: str, root: str | None = None) -> str:
 
 # ---- decoding and its cache ------------------------------------------------------------------------------------------
 
-MAX_PIXELS = 64_000_000  # a picture takes up to 8 bytes a pixel while it is decoded
-Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS  # Pillow refuses twice as many, which only a JPEG may have, as below
-PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28  # texts and profiles, in bytes
+MAX_PIXELS = 64_000_000  # decoding takes 4 to 24 bytes a pixel
+# Pillow refuses only above twice this, so that draft() can still shrink a large JPEG
+Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28  # bytes of text and profile in a PNG
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: the Image.Transpose that undoes it
-CACHE_VERSION = 3  # raise it when to_array or the cache changes
+CACHE_VERSION = 4  # raise it when a drawing, to_array or the cache changes
 # MAP_NORESERVE (0x4000), because Linux would otherwise refuse to map a file larger than the memory
 COPY_ON_WRITE = {"access": mmap.ACCESS_COPY} if sys.platform != "linux" else {"flags": mmap.MAP_PRIVATE | 0x4000}
 
 
-def _open_picture(path: str, task: Callable) -> object:
-    """Open a picture file and return task(picture)."""
+def _open_picture(folder: str, name: str) -> Image.Image:
+    path = os.path.join(folder, name)
     if not os.path.isfile(path):  # opening a pipe would wait forever
         raise OSError("broken link, closed folder or not a file")
-    with Image.open(path, formats=FORMATS) as image:
-        return task(image)
+    return Image.open(path, formats=FORMATS)
 
 
 def to_array(image: Image.Image, image_size: int, channels: int, levels: tuple = (0, 255)) -> np.ndarray:
     """Convert a picture of any mode and shape to uint8 [channels, image_size, image_size].
 
-    The central square is resized (bicubic, antialiased), turned as EXIF says, converted from its colour profile to
-    sRGB, and put on white where it is transparent. `levels` are the values of black and white in greyscale with more
-    than 8 bits. Raises ValueError above MAX_PIXELS.
+    The picture is converted from its colour profile to sRGB, its central square is resized (bicubic, antialiased) and
+    turned as EXIF says, and white is put behind transparent parts. `levels` are the values of black and white in
+    greyscale of more than 8 bits. Raises ValueError above MAX_PIXELS.
     """
-    image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG need not be decoded much larger than this
+    image.draft(None, (2 * image_size, 2 * image_size))  # let libjpeg decode a large JPEG at a reduced size
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     image.load()
@@ -597,8 +595,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         with suppress(Exception):  # a damaged profile, one for another mode, or a Pillow without ImageCms
             from PIL import ImageCms
             embedded, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-            colour = ImageCms.profileToProfile(image.convert(image.mode.removesuffix("A")), embedded, srgb,
-                                               outputMode="RGB")
+            opaque = image.convert(image.mode.removesuffix("A"))
+            colour = ImageCms.profileToProfile(opaque, embedded, srgb, outputMode="RGB")
             if image.mode in ("LA", "RGBA"):
                 colour.putalpha(image.getchannel("A"))
             return colour
@@ -606,7 +604,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _range_of_levels(image: Image.Image) -> tuple[float, float]:
-    """Return the smallest and the greatest grey level, counting 0. A picture of 8 bits or in colour gives 0 and 0."""
+    """Return the range of values, with 0 included, of greyscale of more than 8 bits. Other pictures give (0, 0)."""
     if image.mode[0] not in "IF" or image.width * image.height > MAX_PIXELS:
         return 0.0, 0.0
     values = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
@@ -614,124 +612,122 @@ def _range_of_levels(image: Image.Image) -> tuple[float, float]:
 
 
 class _PictureSet(NamedTuple):
-    """Pictures to decode into the cache, and how."""
+    """Pictures to decode."""
 
     name: str  # a dataset, or the path of a folder
-    content: list  # what the pictures depend on; when it changes, they are decoded again
-    items: Sequence  # one for each picture
-    image_size: int
+    items: Collection[str]  # a name for each picture; a dict also holds what tells whether its file has changed
+    open: Callable[[str], Image.Image]  # opens or draws the picture of a name
     channels: int  # 1 or 3, or 0 for 1 if all pixels are grey
-    root: str
-    quiet: bool
-    visit: Callable  # visit(item, task) opens a picture and returns task(picture)
-    remark: str = ""  # for the summary line
-    is_folder: bool = False
-
-    def report(self, text: str, end: str = "\n") -> None:
-        """Print a line about the set unless `quiet` is on."""
-        if not self.quiet:
-            _print_to_stderr(f"{repr(os.path.basename(self.name))[1:-1]}: {text}", end)
-
-    def cache_file(self) -> Path:
-        """Return the path of the cache file. Its name tells the set, the shape of the pictures, and the content."""
-        keys = self.name, [CACHE_VERSION, len(self.items), self.content]
-        name, content = (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in keys)
-        label = re.sub("[^A-Za-z0-9]+", "-", os.path.basename(self.name))[:40]
-        return Path(self.root, "cache", f"{label}-{name}-{self.image_size}x{self.channels or 'any'}-{content}.u8")
+    remark: str = ""  # ends the summary line
 
 
-def _load_through_cache(pictures: _PictureSet) -> Tensor:
-    """Map the cache file of a set into memory: uint8 [N, C, H, W]. Decode the pictures if there is none."""
-    began, images = time.monotonic(), _open_cache(pictures, "from cache")
-    if images is None:
-        _fill_cache(pictures)
-        images = _open_cache(pictures, f"decoded in {time.monotonic() - began:.0f} s")
-    if images is None:
-        raise OSError(f"cannot read {str(pictures.cache_file())!r} back, or not map it into memory")
-    return images
+def _load_through_cache(pictures: _PictureSet, size: int, root: str, quiet: bool) -> Tensor:
+    """Map a set into memory: uint8 [N, C, H, W]. Decode it first, unless its folder in root/cache is there."""
+    def report(text: str, end: str = "\n") -> None:
+        if not quiet:
+            _print_to_stderr(f"{repr(os.path.basename(pictures.name))[1:-1]}: {text}", end)
+
+    shape, began, how = (pictures.channels or 3, size, size), time.monotonic(), "from cache"
+    name = re.sub("[^A-Za-z0-9]+", "-", os.path.basename(pictures.name))[:40]
+    keys = pictures.name, [CACHE_VERSION, pictures.items]
+    name_hash, content_hash = (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in keys)
+    family = f"{name}-{name_hash}-{size}x{pictures.channels or 'any'}-"
+    entry = Path(root, "cache", family + content_hash)  # a folder
+    if entry.exists() and not _is_whole(entry, shape):
+        shutil.rmtree(entry, ignore_errors=True)
+    if not entry.exists():
+        # Several processes may do this at once, so each writes its own folder and renames it at the end
+        unfinished = entry.with_name(f"{entry.name}.{os.getpid()}-{time.time_ns()}.tmp")
+        try:
+            notes = _decode(pictures, shape, unfinished / "pixels.u8", report)
+            if len(notes["skipped"]) > 10:
+                report(f"and {len(notes['skipped']) - 10:,} more, listed in {entry / 'notes.json'}")
+            with atomic_write(unfinished / "notes.json") as file:
+                file.write(json.dumps(notes).encode())
+            with suppress(OSError):  # another process has finished first
+                _replace(unfinished, entry)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        how = f"decoded in {time.monotonic() - began:.0f} s"
+        _remove_old(family, entry)
+    notes = json.loads((entry / "notes.json").read_text())
+    with open(entry / "pixels.u8", "rb") as file:
+        images = torch.frombuffer(mmap.mmap(file.fileno(), 0, **COPY_ON_WRITE), dtype=torch.uint8).view(-1, *shape)
+    report(f"{len(images):,} pictures {how}, {notes['remark']}{pictures.remark}")
+    return images[:, :1] if notes["grey"] else images
 
 
-def _open_cache(pictures: _PictureSet, how: str) -> Tensor | None:
-    """Map a cache file and print a summary. Return None unless its length is what its notes (.json) say."""
-    path, size = pictures.cache_file(), pictures.image_size
-    with suppress(Exception), open(path, "rb") as file:  # not there, or damaged
-        notes = json.loads(path.with_suffix(".json").read_text())
-        images = torch.frombuffer(mmap.mmap(file.fileno(), 0, **COPY_ON_WRITE), dtype=torch.uint8)
-        images = images.view(notes["count"], pictures.channels or 3, size, size)
-        images = images[:, :1] if notes["grey"] else images
-        pictures.report(f"{len(images):,} pictures {how}, {notes['remark']}{pictures.remark}")
-        return images
-    return None
+def _is_whole(entry: Path, shape: tuple[int, int, int]) -> bool:
+    """Check that a cache entry has its notes, and as many pixels as they say."""
+    with suppress(Exception):
+        notes = json.loads((entry / "notes.json").read_text())
+        return (entry / "pixels.u8").stat().st_size == notes["count"] * math.prod(shape)
+    return False
 
 
-def _fill_cache(pictures: _PictureSet) -> None:
-    """Decode all pictures into a cache file, then write its notes. Raises OSError, or ValueError if all are bad.
+def _remove_old(family: str, entry: Path) -> None:
+    """Remove outdated entries of a set, and what killed processes left, unless they were written in the last hour."""
+    for old in [*entry.parent.glob(f"{family}*"), *entry.parent.glob("*.tmp")]:
+        with suppress(OSError):
+            written = max(path.stat().st_mtime for path in [old, *old.iterdir()])
+            if old != entry and time.time() - written > 3600:  # no process is writing or opening it
+                shutil.rmtree(old)
 
-    Several processes may do this at once: each writes its own temporary file and then renames it.
-    """
-    path, size, channels, levels = pictures.cache_file(), pictures.image_size, pictures.channels or 3, (0.0, 0.0)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}-{time.time_ns()}.tmp")
-    count, skipped, grey, flat, dark = 0, [], not pictures.channels, 0, 0
-    with warnings.catch_warnings(action="ignore"), atomic_write(temporary) as file:  # Pillow warns of odd metadata
-        if pictures.is_folder:
-            ranges = [found for found, _ in _visit_all(pictures, _range_of_levels, "looked at") if found]
-            levels = min(low for low, _ in [levels, *ranges]), max(high for _, high in [levels, *ranges])
-        for array, reason in _visit_all(pictures, lambda image: to_array(image, size, channels, levels), "decoded"):
-            if reason:
-                skipped.append(reason)
-                continue
-            file.write(array)
-            count += 1
-            grey = grey and bool(np.ptp(array, axis=0).max() <= 3)  # profiles and codecs round
-            if np.ptp(array, axis=(1, 2)).max() < 8:
-                flat += 1
-            elif array.max() < 64:
-                dark += 1
-        for item, reason in skipped[:10]:
-            pictures.report(f"skipped {item!r}: {reason}")
-        if not count:
-            raise ValueError(f"no usable picture in {pictures.name!r} ({len(skipped):,} skipped{pictures.remark}); "
-                             f"give {ACCEPTED}")
-    if len(skipped) > 10:
-        pictures.report(f"and {len(skipped) - 10:,} more, listed in {path.with_suffix('.json')}")
+
+def _decode(pictures: _PictureSet, shape: tuple[int, int, int], path: Path, report: Callable) -> dict:
+    """Decode all pictures into a file of pixels, and return notes on them."""
+    count, dark, skipped, grey, black, white = 0, 0, {}, not pictures.channels, 0.0, 0.0
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata
+        if pictures.name not in NAMES:
+            for low, high in _visit_all(pictures, _range_of_levels, {}, report):
+                black, white = min(black, low), max(white, high)
+        with atomic_write(path) as file:
+            convert = functools.partial(to_array, image_size=shape[1], channels=shape[0], levels=(black, white))
+            for array in _visit_all(pictures, convert, skipped, report):
+                file.write(array)
+                count += 1
+                # JPEG and colour conversion leave small differences
+                grey = grey and bool(np.ptp(array, axis=0).max() <= 3)
+                if array.max() < 64:
+                    dark += 1
+    for name, reason in list(skipped.items())[:10]:
+        report(f"skipped {name!r}: {reason}")
     remark = f"{len(skipped):,} skipped"
-    if any(levels):
-        remark += f", grey levels above 8 bits: {levels[0]:g} to {levels[1]:g} scaled to 0 to 255"
-    if flat:
-        remark += f", {flat:,} nearly constant"
+    if not count:
+        raise ValueError(f"no usable picture in {pictures.name!r} ({remark}{pictures.remark}); give {ACCEPTED}")
+    if black < white:
+        remark += f", grey levels above 8 bits: {black:g} to {white:g} scaled to 0 to 255"
     if dark:
         remark += f", {dark:,} nearly black (no value above 63), like 12 bits stored as 16"
-    with suppress(PermissionError):  # on Windows, if another process has just made the file and reads it
-        _replace(temporary, path)
-        with atomic_write(temporary) as file:
-            file.write(json.dumps(dict(count=count, grey=grey, remark=remark, skipped=skipped)).encode())
-        _replace(temporary, path.with_suffix(".json"))
-    earlier = path.parent.glob(f"{path.stem.rpartition('-')[0]}-*")  # of other content
-    for old in [*earlier, *path.parent.glob("*.tmp*")]:
-        with suppress(OSError):
-            if old.stem != path.stem and time.time() - old.stat().st_mtime > 3600:  # no other process uses it
-                old.unlink()
+    return dict(count=count, grey=grey, remark=remark, skipped=skipped)
 
 
-def _visit_all(pictures: _PictureSet, task: Callable, done: str) -> Iterator[tuple]:
-    """Yield (task(picture), None) for all pictures in order, or (None, [item, reason]) where that fails."""
-    def attempt(item: int | str) -> tuple:
+def _visit_all(pictures: _PictureSet, task: Callable, skipped: dict[str, str], report: Callable) -> Iterator:
+    """Yield task(picture) for every picture in order. Where that fails, add {name: reason} to `skipped` instead."""
+    def visit(name: str) -> object:
         try:
-            return pictures.visit(item, task), None
-        except Exception as error:  # Pillow raises nearly every kind, MemoryError and struct.error among them
-            return None, [item, _reason(error)]
+            with pictures.open(name) as image:
+                return task(image)
+        except Exception as error:  # damaged files raise almost anything
+            return error
 
+    names = list(pictures.items)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for first in range(0, len(pictures.items), 256):  # in portions, because pool.map queues all that it is given
-            pictures.report(f"{done} {first:,} of {len(pictures.items):,} ", end="\r")
-            yield from pool.map(attempt, pictures.items[first:first + 256])
+        for first in range(0, len(names), 256):  # in portions, because pool.map queues all that it is given
+            report(f"picture {first:,} of {len(names):,} ", end="\r")
+            portion = names[first:first + 256]
+            for name, result in zip(portion, pool.map(visit, portion)):
+                if isinstance(result, Exception):
+                    skipped[name] = _reason(result)
+                else:
+                    yield result
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Scale uint8 [N, C, H, W] to floats in [-1, 1], in the channels-last layout that suits convolutions."""
+    """Scale uint8 [N, C, H, W] to floats in [-1, 1], in the channels-last layout, which makes convolutions fast."""
     return images.div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
@@ -739,16 +735,16 @@ def reference_images(images: Tensor, count: int) -> Tensor:
     """Choose at most `count` distinct images of uint8 [N, C, H, W], evenly spread and in order, and normalise them."""
     count = min(count, len(images))
     chosen = images[torch.arange(count) * (len(images) - 1) // max(1, count - 1)]
-    return normalise(torch.stack(list({image.cpu().numpy().tobytes(): image for image in chosen}.values())))
+    distinct = {image.cpu().numpy().tobytes(): image for image in chosen}  # a dict keeps one of equal images
+    return normalise(torch.stack(list(distinct.values())))
 
 
 class Batches:
     """Random batches [batch_size, C, H, W] of a uint8 dataset [N, C, H, W], normalised, on `device`.
 
-    The dataset is copied to the device if it takes at most half of the free memory. Otherwise the host fills a buffer
-    on the device at `refill`, which is to be called before every step. So a step that takes a batch by `batches()`, or
-    `batches(i)` for i < `per_step`, can be captured in a CUDA graph. Pictures are drawn with replacement.
-    hflip: flip each picture with probability 0.5. resident: whether to copy the dataset, instead of the rule above.
+    Call `refill` before every step. Then `batches()`, or `batches(i)` for i < `per_step`, works inside a CUDA graph.
+    Pictures are drawn with replacement. With `hflip`, each is flipped with probability 0.5. A `resident` dataset stays
+    on the device, by default if it takes at most half of the free memory. Otherwise `refill` copies the next batches.
     """
 
     def __init__(self, images: Tensor, batch_size: int, device: torch.device, hflip: bool = False, per_step: int = 1,
@@ -757,20 +753,21 @@ class Batches:
             resident = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
         self.batch_size, self.device, self.hflip = batch_size, device, hflip
         self.images = images.to(device) if resident else images
-        shape = (0 if resident else per_step, batch_size, *images.shape[1:])
-        self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.buffer = None
+        if not resident:
+            self.buffer = torch.empty((per_step, batch_size, *images.shape[1:]), dtype=torch.uint8, device=device)
 
     def _draw(self) -> Tensor:
         return self.images[torch.randint(len(self.images), (self.batch_size,), device=self.images.device)]
 
     def refill(self) -> None:
-        """Copy the next batches into the buffer, if there is one."""
-        for slot in self.buffer:
+        """Copy the next batches to the device, unless the whole dataset is there."""
+        for slot in () if self.buffer is None else self.buffer:
             batch = self._draw()
             slot.copy_(batch.pin_memory() if self.device.type == "cuda" else batch, non_blocking=True)
 
     def __call__(self, number: int = 0) -> Tensor:
-        batch = self.buffer[number] if len(self.buffer) else self._draw()
+        batch = self._draw() if self.buffer is None else self.buffer[number]
         if self.hflip:
             flipped = torch.rand(self.batch_size, device=self.device) < 0.5
             batch = torch.where(flipped[:, None, None, None], batch.flip(3), batch)
@@ -782,9 +779,9 @@ def augment(images: Tensor, *, rotation: float = 25, shift: tuple = (0.05, 0.1),
     """Rotate, shift, shear, zoom, brighten and tint each of the images [N, C, H, W] in [-1, 1] by random amounts.
 
     rotation, shear: up to this many degrees either way. shift: up to these fractions of width and height either way.
-    zoom: range of the factor of size. brightness: range of the factor of all channels. gain: each channel has its own
-    factor, from a triangular distribution on [1 - gain, 1 + gain]. These factors act on values from 0 (black) to 1.
-    Pixels are resampled once, bilinearly. The picture is reflected at its edges.
+    zoom: the range of the factor of size. brightness: one factor for all channels, drawn from this range. gain: one
+    factor for each channel, from a triangular distribution on [1 - gain, 1 + gain]. Black counts as 0 and stays black.
+    Pixels are resampled once, bilinearly. Beyond its edges the picture is mirrored.
     """
     chance = torch.rand(len(images), 6 + 2 * images.shape[1], device=images.device)
     turn, lean, size, light, right, down = chance[:, :6].unbind(dim=1)
@@ -792,7 +789,7 @@ def augment(images: Tensor, *, rotation: float = 25, shift: tuple = (0.05, 0.1),
     size, light = (low + (high - low) * u for u, (low, high) in ((size, zoom), (light, brightness)))
     cos, sin, slope = turn.cos() / size, turn.sin() / size, lean.tan()
     across, along = ((4 * u - 2) * most for u, most in zip((right, down), shift))  # the frame is 2 wide and 2 high
-    # Where in the picture, from -1 to 1, each pixel of the result is taken from
+    # The affine map from a pixel of the result to its source; both frames go from -1 to 1
     rows = [cos, sin + slope * cos, across, -sin, cos - slope * sin, along]
     grid = torch.nn.functional.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), images.shape, align_corners=False)
     moved = torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
@@ -818,7 +815,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, zoom
     """Write images [N, C, H, W] (C is 1 or 3, values as for `to_bytes`) to one PNG, row by row with white gaps.
 
     The grid is about square unless `columns` is given. Images [R, N, C, H, W] make R rows. Pixels are enlarged by
-    `zoom`, by default up to 4 as long as a row fits into 1024. Raises ValueError without an image, and OSError.
+    `zoom`, by default up to 4 times as long as a row fits into 1024. Raises OSError, and ValueError without an image.
     """
     from torchvision.utils import make_grid  # here, because importing torchvision doubles the start-up time
 
@@ -837,7 +834,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, zoom
 def save_pngs(images: Tensor, folder: str | Path, first: int = 0) -> None:
     """Write images [N, C, H, W] (as for `save_grid`) to folder/00000.png and so on from `first`. Raises OSError.
 
-    Write real images for an FID tool with
+    To export real images for an FID tool:
     `python -c "import common; common.save_pngs(common.load_images('faces', 32), 'real')"`
     """
     arrays = to_bytes(images).cpu().permute(0, 2, 3, 1).squeeze(3).numpy()  # [N, H, W] of one channel
@@ -851,22 +848,22 @@ def save_pngs(images: Tensor, folder: str | Path, first: int = 0) -> None:
 
 
 def save_gif(frames: list, path: str | Path, ms: int = 120, hold: int = 1500, limit: int = 60) -> None:
-    """Write frames (paths of pictures, or PIL images) to an endless GIF.
+    """Write frames (paths of pictures, or PIL images) to a looping GIF.
 
-    Paths that cannot be read are skipped. Each frame lasts `ms` milliseconds and the last one `hold`. All have the
-    size of the last, reduced by a whole factor to about 512 pixels. At most `limit` are taken, from first to last.
-    Raises ValueError without a frame, and OSError.
+    Paths that cannot be read are skipped. Beyond `limit`, an evenly spaced subset is kept. Each frame lasts `ms`
+    milliseconds, and the last one `hold`. All are resized to the last one, divided by a whole number to about 512
+    pixels. Raises OSError, and ValueError without a frame.
     """
     kept = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(limit, len(frames)))]
     images = []
     for frame in kept:
-        with suppress(OSError, SyntaxError):  # what Pillow raises for damaged files
+        with suppress(OSError, SyntaxError):  # Pillow raises both for damaged files
             images.append((frame if isinstance(frame, Image.Image) else Image.open(frame)).convert("RGB"))
     if not images:
         raise ValueError("a GIF needs at least one frame")
     size = images[-1].size
     factor = max(1, round(max(size) / 512))
-    # Each frame has its own palette, because colours drift in training. Dithering would flicker and swell the file.
+    # Each frame has its own palette, because colours drift during training. Dithering would flicker.
     images = [image.resize(size).reduce(factor).quantize(256, dither=Image.Dither.NONE) for image in images]
     durations = [ms] * (len(images) - 1) + [hold]
     with atomic_write(path) as file:
@@ -874,13 +871,13 @@ def save_gif(frames: list, path: str | Path, ms: int = 120, hold: int = 1500, li
 
 
 def density_picture(points: Tensor, extent: float, size: int = 200, blur: float = 0.02) -> Image.Image:
-    """Draw the density of points [N, 2] over [-extent, extent]^2, y upwards, as a picture of size x size pixels.
+    """Draw the density of points [N, 2] over [-extent, extent]^2, with y upwards, in size x size pixels.
 
-    It is a histogram, smoothed by a Gaussian of standard deviation blur * extent. Colour follows the square root of
-    the density, so that stray points show, and is darkest at the peak. Points outside are left out.
+    The density is a histogram, smoothed by a Gaussian of standard deviation blur * extent. Colour follows its square
+    root, so that stray points show, and is darkest at the peak. Points outside are left out.
     """
     x, y = points.detach().float().cpu().numpy().T
-    counts = np.histogram2d(y, x, size, [(-extent, extent)] * 2)[0][::-1]  # leaves NaN out, too
+    counts = np.histogram2d(y, x, size, [(-extent, extent)] * 2)[0][::-1]  # drops NaN too
     place = np.arange(size) * (2 / size / blur)
     kernel = np.exp((place[:, None] - place) ** 2 / -2)
     density = kernel @ counts @ kernel
@@ -890,7 +887,7 @@ def density_picture(points: Tensor, extent: float, size: int = 200, blur: float 
 
 
 def save_panels(panels: list[Image.Image], titles: list[str], path: str | Path) -> None:
-    """Write pictures of one size side by side, each under its title. Raises OSError, or ValueError without titles."""
+    """Write pictures of one size side by side. Raises OSError, and ValueError unless there is a title for each."""
     (width, height), gap, head = panels[0].size, 8, 38
     strip = Image.new("RGB", (len(panels) * (width + gap) + gap, head + height + gap), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(24)
@@ -903,7 +900,7 @@ def save_panels(panels: list[Image.Image], titles: list[str], path: str | Path) 
 
 
 def save_table(rows: list[dict], path: str | Path) -> None:
-    """Write rows, which all have the same keys, to a CSV file. Cells that are not finite are empty. Raises OSError."""
+    """Write rows with the same keys to a CSV file. Values that are not finite become empty cells. Raises OSError."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
     table.writeheader()
@@ -915,10 +912,10 @@ def save_table(rows: list[dict], path: str | Path) -> None:
 
 
 def save_chart(rows: list[dict], path: str | Path, panels: list[tuple[str, ...]]) -> None:
-    """Draw values of the rows against their "step": a panel for each tuple of at most 6 names.
+    """Draw values of the rows against their "step", with a panel for each tuple of at most 6 names.
 
-    There are two panels to a row. Positive values that span more than two decades have a logarithmic axis. Values that
-    are not finite are skipped: the line joins those on either side. Raises OSError, or ValueError if a name is missing.
+    Two panels share a row. Positive values that span more than two decades get a logarithmic axis. Values that are not
+    finite are skipped, and the line joins their neighbours. Raises OSError, and ValueError if a name is missing.
     """
     if rows and (missing := {"step", *sum(panels, ())} - rows[0].keys()):
         raise ValueError(f"the rows have no {', '.join(sorted(missing))}")
@@ -935,7 +932,7 @@ def save_chart(rows: list[dict], path: str | Path, panels: list[tuple[str, ...]]
 
 
 def _draw_panel(draw: ImageDraw.ImageDraw, left: int, top: int, lines: dict[str, np.ndarray]) -> None:
-    """Draw a panel of `save_chart`: grid and labels, lines of points [N, 2], and a legend as its title."""
+    """Draw a panel of `save_chart`: a grid with labels, the lines (points [N, 2]), and a legend above them."""
     right, bottom, font, place = left + 1312, top + 632, ImageFont.load_default(48), left
     points = np.concatenate([*lines.values()])
     last = points[:, 0].max(initial=1)
@@ -973,10 +970,7 @@ def _ticks(low: float, high: float, smallest: float) -> list[float]:
 
 
 def _flatten(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
-    """Make both float [N, D] and [M, D] on the CPU, which knows every operation, uint8 as in [-1, 1].
-
-    Raises ValueError.
-    """
+    """Return both as floats [N, D] and [M, D], uint8 scaled to [-1, 1], on the CPU, since some devices lack `pdist`."""
     if min(len(samples), len(data)) < 1 or samples.shape[1:] != data.shape[1:]:
         raise ValueError(f"need samples and data of one shape, got {tuple(samples.shape)}, {tuple(data.shape)}")
     sides = (side.detach().cpu().reshape(len(side), -1) for side in (samples, data))
@@ -986,9 +980,9 @@ def _flatten(samples: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
 def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 256, seed: int = 0) -> float:
     """Sliced Wasserstein-1 distance between samples [N, ...] and data [M, ...] of one shape. Equal sets give 0.
 
-    SW = mean over unit directions t of W1(t.x, t.y), where in one dimension W1 = integral over q in [0, 1] of
-    |quantile_x(q) - quantile_y(q)|, exact for any N and M (Rabin et al. 2011; Bonneel et al. 2015). A shift by v gives
-    about 0.8 |v| / sqrt(D) in D dimensions, so images of any size give it in units of a pixel value on [-1, 1].
+    SW = mean over unit directions t of W1(t.x, t.y). In one dimension, W1 = integral over q in [0, 1] of
+    |quantile_x(q) - quantile_y(q)|, which is exact for any N and M (Rabin et al. 2011; Bonneel et al. 2015). A shift by
+    v gives about 0.8 |v| / sqrt(D) in D dimensions, so for images of any size the unit is a pixel value on [-1, 1].
     The directions depend on `seed` alone. Raises ValueError unless N, M > 0 and the shapes match.
     """
     x, y = _flatten(samples, data)
@@ -1005,8 +999,8 @@ def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 256, se
 def diversity_ratio(samples: Tensor, data: Tensor) -> float:
     """Mean Euclidean distance over pairs of samples [N, ...], divided by the mean over pairs of data [M, ...].
 
-    It is 0 if all samples are one image (mode collapse), 1 if they are as varied as the data, and NaN if there is one
-    sample or the data do not differ. The cost grows with N^2: a few hundred suffice. Raises ValueError as above.
+    It is 0 if all samples are one image (mode collapse), 1 if they are as varied as the data, and NaN for one sample or
+    equal data. The cost grows with N^2; a few hundred suffice. Raises ValueError unless N, M > 0 and the shapes match.
     """
     x, y = _flatten(samples, data)
     varied = torch.pdist(y).mean().item()
@@ -1015,6 +1009,6 @@ def diversity_ratio(samples: Tensor, data: Tensor) -> float:
 
 @torch.no_grad()
 def compare(samples: Tensor, data: Tensor) -> dict[str, float]:
-    """Return both measures of samples, clamped to [-1, 1] as pictures show them, against data [N, ...]."""
+    """Return both measures of samples against data. The samples are clamped to [-1, 1], as they are in pictures."""
     samples = samples.clamp(-1, 1)
     return dict(swd=sliced_wasserstein(samples, data), diversity=diversity_ratio(samples, data))

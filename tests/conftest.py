@@ -6,7 +6,6 @@ import importlib
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -52,12 +51,12 @@ def data_flags(pictures, tmp_path_factory) -> dict[str, list[str]]:
     return {script: folder for script in SCRIPTS} | {"unrolled_gan": ["--data", "ring"]}
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(scope="module", params=SCRIPTS)
 def script(request) -> str:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def flags(script, data_flags) -> list[str]:
     return TINY[script] + data_flags[script]
 
@@ -69,33 +68,18 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launcher, str(ROOT / f"{script}.py"), *arguments]
-
-
-def run(script: str, *arguments: str, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess:
-    return subprocess.run(command(script, *arguments, ranks=ranks), cwd=cwd, env=ENVIRONMENT, text=True,
-                          capture_output=True, timeout=240)
-
-
-def flat(item, name: str = "") -> dict[str, object]:
-    """A nested state as {path: leaf}."""
-    if not isinstance(item, (dict, list, tuple)):
-        return {name: item}
-    items = item.items() if isinstance(item, dict) else enumerate(item)
-    return {path: leaf for key, value in items for path, leaf in flat(value, f"{name}/{key}").items()}
-
-
-def same_state(one: dict, two: dict) -> bool:
-    """Whether two checkpoints are of the same step and hold the same state, to the bit."""
-    one, two = (flat([content["step"], content["state"]]) for content in (one, two))
-    return one.keys() == two.keys() and all(
-        torch.equal(*pair) if isinstance(pair[0], torch.Tensor) else pair[0] == pair[1]
-        for pair in zip(one.values(), map(two.get, one)))
-
-
 def rows(folder: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv."""
     with open(folder / "metrics.csv") as file:
         return list(csv.DictReader(file))
+
+
+def assert_same(one: Path, two: Path, *, and_rows: bool = True) -> None:
+    """Two runs have come to the same step and state, to the bit, and have the same rows."""
+    ends = [load(folder / "checkpoint.pt") for folder in (one, two)]
+    torch.testing.assert_close(*([end["step"], end["state"]] for end in ends), rtol=0, atol=0)
+    assert not and_rows or (ends[0]["rows"] == ends[1]["rows"] and rows(one) == rows(two))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

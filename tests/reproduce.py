@@ -370,9 +370,10 @@ def ring(jobs: int) -> str:
         frames, data = [], Image.open(plain.folder / "samples/real.png")
         for one, two in zip(*(sorted(run.folder.glob("samples/[0-9]*.png")) for run in (plain, unrolled))):
             panels = [picture.resize((240, 240)) for picture in (Image.open(one), Image.open(two), data)]
-            frames.append(plain.folder / f"frame-{one.name}")
-            common.save_panels(panels, ["K = 0", f"K = 10, step {int(two.stem)}", "data"], frames[-1])
-        common.save_gif(frames, IMAGES / "ring.gif")
+            file = plain.folder / f"frame-{one.name}"
+            common.save_panels(panels, ["K = 0", "K = 10", f"data, step {int(one.stem):,}"], file)
+            frames.append(Image.open(file).quantize(24).convert("RGB"))  # few colours make a small file
+        common.save_gif(frames, IMAGES / "ring.gif", limit=40)
     return f"wrote {IMAGES / 'ring.gif'}"
 
 
