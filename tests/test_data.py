@@ -278,7 +278,7 @@ def test_a_changed_folder_is_noticed(tmp_path, change, count):
 def test_outdated_entries_and_leftovers_go_after_an_hour(tmp_path):
     """Until then another process may be using or writing them."""
     folder, cache = photos(tmp_path / "in"), tmp_path / "cache"
-    for source in folder, photos(tmp_path / "other"):
+    for source in folder, photos(tmp_path / "other/in"):
         load_images(str(source), 16, None, str(tmp_path))
     for name in "killed.tmp", "growing.tmp":
         (cache / name).mkdir()
@@ -291,7 +291,7 @@ def test_outdated_entries_and_leftovers_go_after_an_hour(tmp_path):
             os.utime(path, (0, time.time() - 3601))
     shutil.copy(folder / "0.png", folder / "9.png")
     load_images(str(folder), 16, None, str(tmp_path))
-    assert sorted(path.name.split("-")[0] for path in entries(tmp_path)) == ["growing.tmp", "in", "other"]
+    assert sorted(path.name.split("-")[0] for path in entries(tmp_path)) == ["growing.tmp", "in", "in"]
 
 
 @pytest.mark.parametrize("damage", [
@@ -418,8 +418,8 @@ def test_batches(resident):
     torch.manual_seed(3)
     batches.refill()
     assert torch.equal(batches(), first)  # drawn by the global generator
-    batches.refill()
-    assert not torch.equal(batches(), first)
+    batches.hflip = False
+    assert torch.equal(batches(0), batches(0)) != resident
 
 
 def test_augment_moves_pixels_as_the_textbook_does():

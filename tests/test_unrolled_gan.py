@@ -99,17 +99,7 @@ def test_a_dead_unit_and_a_new_adam_give_finite_gradients():
     assert gradient.isfinite().all() and gradient.any()
 
 
-def test_unroll_refuses_other_optimizers():
-    discriminator = DISCRIMINATORS["relu"]()
-    weights = list(discriminator.parameters())
-    for adam in (torch.optim.Adam(weights, weight_decay=0.1), torch.optim.Adam(weights, amsgrad=True),
-                 torch.optim.Adam(weights, maximize=True), torch.optim.Adam(weights[1:]), torch.optim.SGD(weights, 0.1),
-                 torch.optim.Adam([dict(params=weights[:3]), dict(params=weights[3:])])):
-        with pytest.raises(ValueError, match="cannot be unrolled|not an Adam with one group|does not hold all"):
-            unrolled_gan.unroll(discriminator, adam, None, 1)
-
-
-def test_losses_by_hand(double):
+def test_losses_by_hand_and_wrong_inputs(double):
     real, fake = torch.randn(5, 1), torch.randn(5, 1)
     want = f(nn.Identity(), {}, real, fake)
     torch.testing.assert_close(unrolled_gan.discriminator_loss(real, fake), -want)
@@ -119,6 +109,11 @@ def test_losses_by_hand(double):
         unrolled_gan.generator_loss(real, fake[:, 0])
     with pytest.raises(ValueError, match="unknown kind 'hinge'"):
         unrolled_gan.generator_loss(real, fake, "hinge")
+    discriminator = DISCRIMINATORS["relu"]()
+    weights = list(discriminator.parameters())
+    for adam in torch.optim.Adam(weights, amsgrad=True), torch.optim.Adam(weights[1:]), torch.optim.SGD(weights, 0.1):
+        with pytest.raises(ValueError, match="cannot be unrolled|not an Adam with one group|does not hold all"):
+            unrolled_gan.unroll(discriminator, adam, None, 1)
 
 
 def test_networks():
@@ -129,31 +124,31 @@ def test_networks():
     assert torch.allclose(w2 @ w2.T, 0.64 * torch.eye(5), atol=1e-5) and not b2.any()
     generator = unrolled_gan.Generator(7, 5, "relu", gain=0)
     assert 0.3 < generator[0].weight.abs().max() < 7**-0.5 and generator[0].bias.any()  # PyTorch's own
-    settings = dict(data="fish", latent=7, width=64, d_width=4, gain=0.5, activation="leaky", d_activation="relu")
-    for size, channels, count in (16, 1, 2), (64, 3, 4):
-        generator, discriminator = unrolled_gan.build(settings | dict(image_size=size, channels=channels))
-        assert discriminator(generator(torch.randn(2, 7))).shape == (2, 1)
-        up = [module.out_channels for module in generator if isinstance(module, nn.ConvTranspose2d)]
-        down = [module.out_channels for module in discriminator if isinstance(module, nn.Conv2d)]
-        assert (up, down) == ([32, 16, 8, 4][:count], [4, 8, 16, 32][:count])
-        assert isinstance(generator[2], nn.LeakyReLU) and isinstance(discriminator[1], nn.ReLU)
+    settings = dict(data="fish", latent=7, width=64, d_width=4, gain=0.5, activation="leaky", d_activation="relu",
+                    image_size=64, channels=3)
+    generator, discriminator = unrolled_gan.build(settings)
+    assert discriminator(generator(torch.randn(2, 7))).shape == (2, 1)
+    assert [layer.out_channels for layer in generator if isinstance(layer, nn.ConvTranspose2d)] == [32, 16, 8, 4]
+    assert [layer.out_channels for layer in discriminator if isinstance(layer, nn.Conv2d)] == [4, 8, 16, 32]
+    assert isinstance(generator[2], nn.LeakyReLU) and isinstance(discriminator[1], nn.ReLU)
 
 
-@pytest.mark.parametrize("kind, count, extreme", [("ring", 8, 0.32), ("grid", 25, 0.19)])
-def test_mixture(kind, count, extreme):
+RING = [(2 * math.cos(k * math.pi / 4), 2 * math.sin(k * math.pi / 4)) for k in range(8)]
+GRID = list(itertools.product(range(-4, 5, 2), repeat=2))
+
+
+@pytest.mark.parametrize("kind, expected, extreme", [("ring", RING, 0.32), ("grid", GRID, 0.19)])
+def test_mixture(kind, expected, extreme):
     means, weights = unrolled_gan.mixture(kind)
-    expected = [(2 * math.cos(k * math.pi / 4), 2 * math.sin(k * math.pi / 4)) for k in range(8)]
-    if kind == "grid":
-        expected = list(itertools.product(range(-4, 5, 2), repeat=2))
-    assert np.allclose(means, expected, atol=1e-6) and torch.equal(weights, torch.full((count,), 1 / count))
+    assert np.allclose(means, expected, atol=1e-6) and weights.tolist() == pytest.approx([1 / len(means)] * len(means))
     for prior_std, seed in itertools.product((0.001, 0.06, extreme), range(10)):
         _, weights = unrolled_gan.mixture(kind, prior_std, seed)
         assert weights.min() > 0 and weights.sum().item() == pytest.approx(1, abs=1e-6)
         assert np.std(weights.double().numpy()) == pytest.approx(prior_std, abs=1e-6)
-    with pytest.raises(ValueError, match=f"prior_std 0.34: the standard deviation of {count} weights is below 0."):
+    with pytest.raises(ValueError, match=f"the standard deviation of {len(means)} weights is below 0."):
         unrolled_gan.mixture(kind, 0.34)
     offsets, nearest = torch.cdist(unrolled_gan.draw(means, weights, 0.02, 100_000), means).min(1)
-    assert torch.allclose(torch.bincount(nearest, minlength=count) / 100_000, weights, atol=0.006)
+    assert torch.allclose(torch.bincount(nearest) / 100_000, weights, atol=0.006)
     assert offsets.square().mean().item() == pytest.approx(2 * 0.02**2, rel=0.02)
 
 
@@ -164,22 +159,24 @@ def test_mode_statistics_by_loops(kind, std):
     samples = means[places] + torch.randn(2560, 2) * torch.tensor([0.5, 1.5, 4, 15, 0.1])[places, None] * std
     samples[:19], samples[19:39] = means[6], means[7]  # one too few, and just enough
     gap = min(math.dist(a, b) for a, b in itertools.combinations(means.tolist(), 2))
-    distances = [[math.dist(sample, mean) for mean in means.tolist()] for sample in samples.tolist()]
-    close = [sum(row[i] < 3 * std for row in distances) for i in range(len(means))]
-    near = [sum(row[i] < gap / 4 for row in distances) for i in range(len(means))]
-    shares = [sum(min(row) == row[i] for row in distances) / 2560 for i in range(len(means))]
+    distances = torch.tensor([[math.dist(sample, mean) for mean in means.tolist()] for sample in samples.tolist()])
+    close, near = (distances < 3 * std).sum(0), (distances < gap / 4).sum(0)
+    shares = [(distances.argmin(1) == i).double().mean().item() for i in range(len(means))]
     assert unrolled_gan.mode_statistics(samples, means, std, weights) == dict(
-        covered=sum(n >= 20 for n in close), reached=sum(n >= 20 for n in near), modes=sum(n > 0 for n in close),
-        quality=pytest.approx(sum(min(row) < 3 * std for row in distances) / 2560, abs=1e-6),
+        covered=(close >= 20).sum(), reached=(near >= 20).sum(), modes=(close > 0).sum(),
+        quality=pytest.approx((distances < 3 * std).any(1).double().mean().item(), abs=1e-6),
         kl=pytest.approx(sum(h * math.log(h / w) for h, w in zip(shares, weights.tolist()) if h), abs=1e-5))
 
 
 @pytest.mark.parametrize("more", ("--g-loss saddle", "--unroll-steps 0", "--fresh --lr 0.01", "IMAGES --fresh"))
-def test_training_takes_textbook_steps(more, pictures, tmp_path, double):
-    """Steps 3 and 4, from the checkpoint of step 2 on."""
+def test_training_takes_textbook_steps(more, pictures, tmp_path, double, monkeypatch):
+    """Steps 3 and 4, from the checkpoint of step 2 on. Every unrolled step has a real batch of its own."""
+    numbers, call = [], common.Batches.__call__
+    monkeypatch.setattr(common.Batches, "__call__", lambda self, number=0: numbers.append(number) or call(self, number))
     folders = ["--data", str(pictures), "--data-root", str(tmp_path), "--image-size", "16", "--d-width", "2"]
     flags = [*(folders if "IMAGES" in more else []), *more.replace("IMAGES", "").split(), "--d-activation", "tanh"]
     unrolled_gan.main([*TINY["unrolled_gan"], *flags, "--keep", "--out", str(tmp_path / "run")])
+    assert numbers == ([0, 1, 2] * 6 if "IMAGES" in more else [])
     saved, after = (load(tmp_path / f"run/checkpoint-00000{step}.pt") for step in (2, 4))
     settings, metrics = saved["settings"], []
     G, D = unrolled_gan.build(settings)
@@ -204,17 +201,10 @@ def test_training_takes_textbook_steps(more, pictures, tmp_path, double):
         adam_g.step()
         adam_d.step()
         metrics.append([L_D.item(), L_G.item(), (f_K + L_D).item()])
-    torch.testing.assert_close(dict(after["state"]["generator"]), dict(G.state_dict()), rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(dict(after["state"]["discriminator"]), dict(D.state_dict()), rtol=1e-8, atol=1e-10)
+    for name, network in dict(generator=G, discriminator=D).items():
+        torch.testing.assert_close(dict(after["state"][name]), dict(network.state_dict()), rtol=1e-8, atol=1e-10)
     row = [after["rows"][1][name] for name in unrolled_gan.METRICS]
     assert row == pytest.approx(np.mean(metrics, axis=0), abs=1e-6)
-
-
-def test_unrolling_reaches_all_modes(tmp_path):
-    flags = "--activation relu --batch-size 64 --width 32 --latent 16 --lr 3e-3 1e-3 --steps 200 --device cpu".split()
-    for K, least, most in ("0", 0, 2), ("5", 6, 8):
-        unrolled_gan.main([*flags, "--unroll-steps", K, "--out", str(tmp_path / K)])
-        assert least <= int(rows(tmp_path / K)[-1]["reached"]) <= most
 
 
 def test_data_of_all_kinds(pictures, tmp_path, monkeypatch):
@@ -229,31 +219,20 @@ def test_data_of_all_kinds(pictures, tmp_path, monkeypatch):
         assert (out / "training.gif").exists() and (out / "strip.png").exists() == (files == 1)
         assert len(list(out.glob("sample-001/*"))) == files
     assert np.load("points/sample-001/samples.npy").shape == (300, 2)
-    Path("points.npy").rename("moved.npy")
-    unrolled_gan.main(["--resume", "--out", "points", "--data", "moved.npy", "--steps", "8"])
-    assert rows(Path("points"))[-1]["step"] == "8"
 
 
-@pytest.mark.parametrize("flags, message", [
-    *((f"--data {name}.npy", "is not a file with an array") for name in ("shape", "nan", "text", "missing")),
-    ("--data moon", "no such data: 'moon'; give ring, grid, a .npy file, "), ("--lr 1 2 3", "--lr: 3 rates"),
-    ("--data a.npy --prior-std 0.1", "--prior-std: goes with --data ring or grid"),
-    ("--resume --out run --data a.npy", "a run on ring cannot go on with a.npy"),
-    ("--init-from run --data digits", "a run on ring cannot go on with digits")])
-def test_data_and_flags_are_refused_in_a_line(flags, message, tmp_path, monkeypatch, capsys):
+def test_data_and_flags_are_refused_in_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.npy").write_text("text")
     np.save("shape.npy", np.zeros((5, 3)))
     np.save("nan.npy", np.full((5, 2), np.nan))
     unrolled_gan.main([*TINY["unrolled_gan"], "--steps", "1", "--out", "run"])
-    with pytest.raises(SystemExit) as error:
-        unrolled_gan.main(flags.split())
-    assert message in f"{error.value}{capsys.readouterr().err}" and not Path("runs").exists()
-
-
-def test_every_unrolled_step_has_a_real_batch_of_its_own(pictures, tmp_path, monkeypatch):
-    numbers, call = [], common.Batches.__call__
-    monkeypatch.setattr(common.Batches, "__call__", lambda self, number=0: numbers.append(number) or call(self, number))
-    unrolled_gan.main([*TINY["unrolled_gan"], "--data", str(pictures), "--data-root", str(tmp_path), "--steps", "2",
-                       "--fresh", "--out", str(tmp_path / "run")])
-    assert numbers == [0, 1, 2] * 2
+    for flags, message in {
+            **{f"--data {name}.npy": "is not a file with an array" for name in ("shape", "nan", "text", "missing")},
+            "--data moon": "no such data: 'moon'; give ring, grid, a .npy file, ", "--lr 1 2 3": "--lr: 3 rates",
+            "--data a.npy --prior-std 0.1": "--prior-std: goes with --data ring or grid",
+            "--resume --out run --data a.npy": "a run on ring cannot go on with a.npy",
+            "--init-from run --data digits": "a run on ring cannot go on with digits"}.items():
+        with pytest.raises(SystemExit) as error:
+            unrolled_gan.main(flags.split())
+        assert message in f"{error.value}{capsys.readouterr().err}" and not Path("runs").exists()
