@@ -1,5 +1,6 @@
 """BEGAN's equations and networks against loops, values computed by hand, and the textbook way to train."""
 
+import copy
 import re
 
 import began
@@ -129,3 +130,15 @@ def test_embed_finds_pictures_and_walks_between_them(data_flags, tmp_path, monke
         assert round(image.width / image.height) == 3  # ten columns, three rows
         first = image.crop((2, 2, 66, 66)).resize((16, 16), Image.Resampling.NEAREST)
         assert first.tobytes() == Image.open("faces/00000.png").tobytes()
+
+
+def test_update_ema_refuses_half_precision_and_another_depth():
+    network = torch.nn.Linear(2, 2).bfloat16()
+    average = copy.deepcopy(network).float()
+    network.weight.data += 1
+    began.update_ema(average, network, 0.5)
+    assert torch.allclose(average.weight, network.weight.float() - 0.5, atol=0.01)
+    with pytest.raises(ValueError, match="keep it in torch.float32"):
+        began.update_ema(copy.deepcopy(network), network, 0.5)
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        began.update_ema(average, torch.nn.Sequential(network, network), 0.5)

@@ -10,6 +10,7 @@ import functools
 import inspect
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -338,7 +339,7 @@ def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(script, metrics, flag
         def spy(tensors: list[Tensor]) -> None:
             is_total = len(tensors) == 1 and tensors[0].shape == (len(this.METRICS),)
             if torch.initial_seed() // 2 == 3 and is_total == metrics and rank == 0:  # in the fourth step
-                tensors[0][-1] = math.nan
+                tensors[-1].fill_(math.nan)
             reduce(tensors)
 
         this, reduce = module(script), module(script).all_reduce_mean
@@ -459,6 +460,8 @@ def test_the_card():
     assert {name.split("/")[0] for name in tracked if name[0] != "."} <= {
         *scripts, "common.py", "requirements.txt", "README.md", "tests"}
     lines = (ROOT / "requirements.txt").read_text().split()
+    for script in SCRIPTS:  # `uv run` reads them there
+        assert f"# dependencies = {json.dumps(lines)}\n" in (ROOT / f"{script}.py").read_text()
     assert [line.partition(">=")[0] for line in lines] == ["torch", "torchvision", "numpy", "pillow"]
     for name in *scripts, "common.py":
         names = re.findall(r"^ *(?:import|from) (\w+)[\w.]*(?: as \w+| import .*)?$", (ROOT / name).read_text(), re.M)
