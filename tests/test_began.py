@@ -141,4 +141,4 @@ def test_update_ema_refuses_half_precision_and_another_depth():
     with pytest.raises(ValueError, match="keep it in torch.float32"):
         began.update_ema(copy.deepcopy(network), network, 0.5)
     with pytest.raises(ValueError, match="argument 2 is longer"):
-        began.update_ema(average, torch.nn.Sequential(network, network), 0.5)
+        began.update_ema(average, torch.nn.Sequential(network, copy.deepcopy(network)), 0.5)
