@@ -214,6 +214,7 @@ def train(args: argparse.Namespace) -> Path:
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(device) else "fp32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    torch.zeros(100_000, dtype=torch.bfloat16).tanh()  # on some CPUs, ELU in fp32 is ten times as fast after this
     batch_size = args.batch_size // WORLD  # this rank's share
     batches = common.Batches(images, batch_size, device, args.hflip)
     reference = common.reference_images(images, 256).to(device)  # real images to compare samples with
