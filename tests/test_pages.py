@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(".github/results/*.md")))]
-OTHER_FLAGS = {"--nproc_per_node", "--raw", "--against"}  # flags of torchrun, tests/judge.py and tests/bench.py
+OTHER_FLAGS = {"--no-deps", "--nproc_per_node", "--raw", "--against"}  # flags of torchrun, tests/judge.py and tests/bench.py
 BLOCK = re.compile(r"^```.*?\n(.*?)^```", re.M | re.S)
 
 
