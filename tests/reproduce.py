@@ -27,7 +27,6 @@ import importlib.util
 import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -401,7 +400,9 @@ def pictures(jobs: int) -> str:
     beside(folders["began-0.5"], "faces", "data", "began-first.png")
     beside(folders["ebgan"], "mnist", MNIST, "ebgan-mnist.png")
     beside(folders["wgan_gp"], "fish", "data", "wgan_gp-fish.png")
-    shutil.copy(folders["wgan_gp"] / "training.gif", IMAGES / "wgan_gp-training.gif")
+    frames = [Image.open(path) for path in sorted(folders["wgan_gp"].glob("samples/[0-9]*.png"))]
+    frames = [frame.crop((0, 0, frame.width, frame.height // 2)).quantize(64).convert("RGB") for frame in frames]
+    common.save_gif(frames, IMAGES / "wgan_gp-training.gif", limit=25)
     return f"wrote pictures to {IMAGES}"
 
 
