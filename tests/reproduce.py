@@ -398,6 +398,7 @@ def pictures(jobs: int) -> str:
     rows = [*(judge.sampled(folder, 8) for name, folder in folders.items() if "began" in name), real]
     common.save_grid(torch.stack(rows), IMAGES / "began-gammas.png", zoom=2)
     beside(folders["began-0.5"], "faces", "data", "began-first.png")
+    beside(folders["began-0.9"], "faces", "data", "began.png")
     beside(folders["ebgan"], "mnist", MNIST, "ebgan-mnist.png")
     beside(folders["wgan_gp"], "fish", "data", "wgan_gp-fish.png")
     frames = [Image.open(path) for path in sorted(folders["wgan_gp"].glob("samples/[0-9]*.png"))]
