@@ -370,20 +370,25 @@ def ring(jobs: int) -> str:
         for one, two in zip(*(sorted(run.folder.glob("samples/[0-9]*.png")) for run in (plain, unrolled))):
             panels = [picture.resize((240, 240)) for picture in (Image.open(one), Image.open(two), data)]
             file = plain.folder / f"frame-{one.name}"
-            common.save_panels(panels, ["K = 0", "K = 10", f"data, step {int(one.stem):,}"], file)
+            common.save_panels(panels, ["K = 0", f"K = 10 (step {int(one.stem):,})", "data"], file)
             frames.append(Image.open(file).quantize(24).convert("RGB"))  # few colours make a small file
         common.save_gif(frames, IMAGES / "ring.gif", limit=40)
     return f"wrote {IMAGES / 'ring.gif'}"
 
 
+def panels(groups: dict[str, torch.Tensor], columns: int, name: str) -> None:
+    """Write groups of images side by side, each under its title."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{number}.png") for number in range(len(groups))]
+        for images, file in zip(groups.values(), files):
+            common.save_grid(images, file, columns, zoom=2)
+        common.save_panels([Image.open(file) for file in files], list(groups), IMAGES / name)
+
+
 def beside(run: Path, data: str, root: str, name: str) -> None:
     """Write 25 samples of a run, and beside them 25 pictures of its data."""
     real = common.reference_images(common.load_images(data, 32, root=root), 25)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, "samples.png"), Path(folder, "data.png")]
-        for images, file in zip((judge.sampled(run, 25), real), files):
-            common.save_grid(images, file, zoom=2)
-        common.save_panels([Image.open(file) for file in files], ["samples", "data"], IMAGES / name)
+    panels(dict(samples=judge.sampled(run, 25), data=real), 5, name)
 
 
 def pictures(jobs: int) -> str:
@@ -394,9 +399,10 @@ def pictures(jobs: int) -> str:
     for name, flags in runs.items():
         if not (folders[name] / "training.gif").exists():
             call(ROOT / f"{name.partition('-')[0]}.py", *flags.split(), "--out", folders[name])
-    real = common.reference_images(common.load_images("faces", 32), 8)
-    rows = [*(judge.sampled(folder, 8) for name, folder in folders.items() if "began" in name), real]
-    common.save_grid(torch.stack(rows), IMAGES / "began-gammas.png", zoom=2)
+    faces = common.reference_images(common.load_images("faces", 32), 8)
+    groups = {name.replace("began-", "gamma "): judge.sampled(folder, 8) for name, folder in folders.items()
+              if "began" in name}
+    panels(groups | {"data": faces}, 2, "began-gammas.png")
     beside(folders["began-0.5"], "faces", "data", "began-first.png")
     beside(folders["began-0.9"], "faces", "data", "began.png")
     beside(folders["ebgan"], "mnist", MNIST, "ebgan-mnist.png")

@@ -88,3 +88,11 @@ def test_changes_of_reproduce_fit_todays_code():
 def test_readme_has_the_test_command():
     assert "pip install -r requirements.txt pytest && python -m pytest" in text("README.md")
     assert ("began", ["--gamma", "0.5"]) in commands("README.md")
+
+
+def test_readme_quotes_the_script_and_has_short_cells():
+    quoted = [block for block in BLOCK.findall(text("README.md")) if "autograd.grad" in block]
+    assert len(quoted) == 1 and quoted[0] in text("wgan_gp.py")
+    for row in re.findall(r"^\|(.*)\|$", text("README.md"), re.M):
+        for cell in row.split("|"):
+            assert len(re.sub(r"\]\(.*?\)", "]", cell).split()) <= 10, cell
