@@ -20,7 +20,7 @@ images of low energy. The pull-away term f_PT keeps the codes S = Enc(G(z)) of a
         --steps 100000                                             # the paper's settings, 64 images per GPU
 
 Measured: with the default flags and 5,000 MNIST digits, samples have 0.74 times the Frechet distance of 500 held-out
-digits, precision 0.75 and recall 0.76. The run took 8.3 minutes on two threads of an AMD EPYC.
+digits, precision 0.75 and recall 0.76. The run took 8 minutes on one core of an AMD EPYC.
 """
 
 import argparse
