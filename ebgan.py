@@ -392,7 +392,7 @@ def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> 
     """Write checkpoint.pt, and with --keep a numbered copy. Raises OSError."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     saved = {name: item if isinstance(item, Tensor) else item.state_dict() for name, item in state.items()}
-    names = ["checkpoint.pt", f"checkpoint-{step:06d}.pt"] if args.keep else ["checkpoint.pt"]
+    names = [f"checkpoint-{step:06d}.pt", "checkpoint.pt"] if args.keep else ["checkpoint.pt"]
     for name in names:
         with common.atomic_write(Path(args.out, name)) as file:
             torch.save(dict(script=SCRIPT, settings=settings, step=step, rows=rows, state=saved), file)
