@@ -4,9 +4,12 @@ The discriminator D is an autoencoder. It learns to reconstruct real images x an
 generator G learns to make images that D reconstructs well. A number k_t in [0, 1] keeps the two in balance:
 
     L(v)    = mean |v - D(v)|^eta                                          how badly D reconstructs images v
-    L_D     = L(x) - k_t L(G(z))           L_G = L(G(z))                   the losses of D and of G
+    L_G     = L(G(z)) + w k_t f_PT         L_D = L(x) - k_t L_G            the losses of G and of D
     k_{t+1} = clip(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1)            holds L(G(z)) / L(x) at gamma
     M       = L(x) + |gamma L(x) - L(G(z))|                                falls as training converges
+
+The paper has w = 0, and short runs then make few kinds of images. So here G also gets the pull-away term f_PT of the
+EBGAN paper. It is small if D's encoder gives the samples of a batch codes that point in different directions.
 
     python began.py --gamma 0.5                                    # drawn faces, 32x32
     python began.py --data photos --image-size 64                  # a folder of your own pictures
@@ -108,7 +111,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Autoencoder: images [N, channels, size, size] to reconstructions. The encoder has n, 2n, 3n, ... channels."""
+    """Autoencoder: images [N, channels, size, size] to their reconstructions and their codes [N, latent].
+
+    The encoder has n, 2n, 3n, ... channels.
+    """
 
     def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = False, residual: bool = False):
         super().__init__()
@@ -121,14 +127,15 @@ class Discriminator(nn.Module):
         self.code = nn.Linear(widths[-1] * 8 * 8, latent)  # no non-linearity before or after the code
         self.decoder = Generator(latent, width, size, channels, skip, residual)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         carry = self.carry if self.residual else None
         x = self.first(images)
         for level, (one, two) in enumerate(self.conv):
             x = two(one(x, carry), carry)
             if level < len(self.down):
                 x = self.down[level](x)
-        return self.decoder(self.code(x.flatten(1)))
+        code = self.code(x.flatten(1))
+        return self.decoder(code), code
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
@@ -139,6 +146,16 @@ def reconstruction_loss(images: Tensor, reconstructions: Tensor, eta: float = 1.
     if images.shape != reconstructions.shape:
         raise ValueError(f"shapes differ: {tuple(images.shape)} and {tuple(reconstructions.shape)}")
     return (images - reconstructions).abs().pow(eta).mean()
+
+
+def pull_away_term(codes: Tensor) -> Tensor:
+    """f_PT, the mean of cos(S_i, S_j)^2 over i != j (EBGAN, eq. 4): N > 1 codes [N, ...] to a scalar in [0, 1]."""
+    if codes.ndim < 2 or len(codes) < 2:
+        raise ValueError(f"not codes [N, ...] with N > 1: {tuple(codes.shape)}")
+    codes = codes.flatten(1).to(torch.promote_types(codes.dtype, torch.float32))  # in fp16 the sum would overflow
+    directions = F.normalize(codes, dim=1)
+    squares = (directions @ directions.T).square()
+    return (squares.sum() - squares.trace()) / (len(codes) * (len(codes) - 1))
 
 
 @torch.no_grad()
@@ -170,8 +187,8 @@ def update_ema(average: nn.Module, network: nn.Module, weight: Tensor | float) -
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
-METRICS = ("loss_d", "loss_real", "loss_fake", "ratio", "k", "m", "lr")  # L_D, L(x), L(G(z)), L(G(z)) / L(x), k_t, M
-PANELS = [("loss_real", "loss_fake"), ("ratio",), ("k",), ("m",), ("lr",), ("swd", "diversity")]
+METRICS = ("loss_d", "loss_real", "loss_fake", "pull_away", "ratio", "k", "m", "lr")  # ratio: L(G(z)) / L(x)
+PANELS = [("loss_real", "loss_fake"), ("pull_away",), ("ratio",), ("k",), ("m",), ("lr",), ("swd", "diversity")]
 # The saved weights depend on these flags:
 NETWORK_FLAGS = ("image_size", "channels", "width", "latent", "skip")
 
@@ -247,25 +264,27 @@ def train(args: argparse.Namespace) -> Path:
         z, x = uniform(batch_size, args.latent, device), batches()
         with autocast:
             fake = generator(z).to(z.dtype)  # in bf16 the losses would be rounded
-            real_loss = reconstruction_loss(x, discriminator(x), args.eta)
-            fake_loss = reconstruction_loss(fake, discriminator(fake), args.eta)
-        L_D = real_loss - k * fake_loss
-        L_G = fake_loss
+            reconstructions, codes = discriminator(fake)
+            fake_loss = reconstruction_loss(fake, reconstructions, args.eta)
+            real_loss = reconstruction_loss(x, discriminator(x)[0], args.eta)
+        pull_away = pull_away_term(codes)
+        L_G = fake_loss + args.pt_weight * k * pull_away
+        L_D = real_loss - k * L_G
         adam.zero_grad()
-        # One backward pass through D(G(z)) serves both losses. It leaves the gradient of L(G(z)) in D as well. Times
-        # -k_t, and with the gradient of L(x) added, that is D's gradient of L_D = L(x) - k_t L(G(z)).
+        # One backward pass through D(G(z)) serves both losses. It leaves the gradient of L_G in D as well. Times -k_t,
+        # and with the gradient of L(x) added, that is D's gradient of L_D = L(x) - k_t L_G.
         L_G.backward()
         for parameter in discriminator.parameters():
             parameter.grad *= -k
         real_loss.backward()
-        losses = torch.stack([L_D, real_loss, fake_loss]).detach()
+        losses = torch.stack([L_D, real_loss, fake_loss, pull_away]).detach()
         all_reduce_mean([losses, *(parameter.grad for parameter in parameters)])
         adam.step()
         update_ema(averaged, generator, ema_weight)
 
-        L_D, real_loss, fake_loss = losses  # now means over the ranks
+        L_D, real_loss, fake_loss, pull_away = losses  # now means over the ranks
         next_k, m = balance(k, real_loss, fake_loss, args.gamma, args.lambda_k)
-        metrics = torch.stack([L_D, real_loss, fake_loss, fake_loss / real_loss, k, m, lr])
+        metrics = torch.stack([L_D, real_loss, fake_loss, pull_away, fake_loss / real_loss, k, m, lr])
         k.copy_(next_k)
         return metrics
 
@@ -274,7 +293,7 @@ def train(args: argparse.Namespace) -> Path:
         """Write the table, the chart and the pictures."""
         fake, real = averaged(fixed_z[:64]), reference[:16]
         some = fake[:len(real)]
-        reconstructions = torch.cat([real, discriminator(real), some, discriminator(some)])
+        reconstructions = torch.cat([real, discriminator(real)[0], some, discriminator(some)[0]])
         common.attempt(common.save_table, rows, folder / "metrics.csv")
         common.attempt(common.save_chart, rows, folder / "curves.png", PANELS)
         common.attempt(common.save_grid, reference[:64], folder / "samples/real.png")
@@ -553,6 +572,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--every", type=int, default=100, help="steps between rows of metrics.csv, pictures and checkpoints")
     add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
     add("--gamma", type=float, default=0.9, help="diversity ratio L(G(z)) / L(x); 0.3 to 0.7 in the paper")
+    add("--pt-weight", type=float, default=1.0, help="w, the weight of the pull-away term; 0 in the paper")
     add("--lambda-k", type=float, default=0.2, help="learning rate of k_t; 0.001 in the paper")
     add("--eta", type=int, choices=(1, 2), default=2, help="exponent of the reconstruction loss")
     add("--width", type=int, default=32, help="the paper's n, the channels of the first layer")
@@ -602,6 +622,8 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
     if args.batch_size % WORLD:
         parser.error(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
+    if args.batch_size < 2 * WORLD:
+        parser.error(f"argument --batch-size: {args.batch_size} is fewer than 2 images for each rank")
     return args
 
 

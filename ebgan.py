@@ -138,7 +138,7 @@ def discriminator_loss(real_energy: Tensor, fake_energy: Tensor, margin: float) 
 
 
 def pull_away_term(codes: Tensor) -> Tensor:
-    """f_PT, the mean of cos(S_i, S_j)^2 over all pairs i != j (eq. 4): N > 1 codes [N, ...] to a scalar from 0 to 1."""
+    """f_PT, the mean of cos(S_i, S_j)^2 over i != j (EBGAN, eq. 4): N > 1 codes [N, ...] to a scalar in [0, 1]."""
     if codes.ndim < 2 or len(codes) < 2:
         raise ValueError(f"not codes [N, ...] with N > 1: {tuple(codes.shape)}")
     codes = codes.flatten(1).to(torch.promote_types(codes.dtype, torch.float32))  # in fp16 the sum would overflow

@@ -108,12 +108,16 @@ def descend(adam: torch.optim.Adam, loss: Tensor) -> None:
 
 
 def began_step(plain: Plain) -> None:
-    args, discriminator = plain.args, plain.discriminator
-    fake = plain.samples()
-    descend(plain.adam_g, began.reconstruction_loss(fake, discriminator(fake), args.eta))
-    real_loss, fake_loss = (began.reconstruction_loss(v, discriminator(v), args.eta)
-                            for v in (next(plain.batches), fake.detach()))
-    descend(plain.adam_d, real_loss - plain.k * fake_loss)
+    args, fake = plain.args, plain.samples()
+
+    def losses(images: Tensor) -> tuple[Tensor, Tensor]:
+        reconstructions, codes = plain.discriminator(images)
+        loss = began.reconstruction_loss(images, reconstructions, args.eta)
+        return loss, loss + args.pt_weight * plain.k * began.pull_away_term(codes)
+
+    descend(plain.adam_g, losses(fake)[1])
+    (real_loss, _), (fake_loss, loss_g) = losses(next(plain.batches)), losses(fake.detach())
+    descend(plain.adam_d, real_loss - plain.k * loss_g)
     [plain.k] = plain.read(began.balance(plain.k, real_loss, fake_loss, args.gamma, args.lambda_k)[0])
 
 

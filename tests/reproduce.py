@@ -201,7 +201,7 @@ def wgan_gp_ablation(jobs: int) -> str:
 
 
 RUNS = dict(  # the runs that flags and the changes below are tried in
-    began="--image-size 16 --steps 2500 --every 2500",
+    began="--image-size 16 --gamma 0.9 --pt-weight 0 --steps 2500 --every 2500",
     ebgan=f"--data mnist --data-root {MNIST} --steps 1000 --batch-size 32 --margin 8 --pt-weight 0.1",
     wgan_gp="--steps 1500 --every 1500 --precision fp32",
     unrolled_gan="--data grid --unroll-steps 5 --steps 3000 --every 3000",
@@ -216,7 +216,7 @@ CHANGES = [  # deviations undone: script, name, more flags and, where no flag do
         L_G.backward(inputs=list(generator.parameters()))
         with autocast:
             other = generator(uniform(batch_size, args.latent, device)).detach()
-            L_D = real_loss - k * reconstruction_loss(other, discriminator(other), args.eta)
+            L_D = real_loss - k * reconstruction_loss(other, discriminator(other)[0], args.eta)
         L_D.backward(inputs=list(discriminator.parameters()))
 """,
         "        for parameter in discriminator.parameters():\n            parameter.grad *= -k\n": "",

@@ -1,6 +1,7 @@
 """BEGAN's equations and networks against loops, values computed by hand, and the textbook way to train."""
 
 import copy
+import itertools
 import re
 
 import began
@@ -36,13 +37,20 @@ def test_balance(k, real, fake, gamma, rate, k_next, m):
     assert [value.item() for value in got] == pytest.approx([k_next, m], rel=1e-12)
 
 
+def test_a_batch_of_one_has_no_pairs_to_pull_away(data_flags, capsys):
+    with pytest.raises(SystemExit):
+        began.main([*data_flags["began"], "--batch-size", "1"])
+    assert "--batch-size: 1 is fewer than 2 images for each rank" in capsys.readouterr().err
+
+
 def test_networks_are_the_papers():
     n, generator, discriminator = 8, began.Generator(64, 8, 64, 3), began.Discriminator(64, 8, 64, 3)
     shapes = [tuple(layer.weight.shape[:2]) for layer in discriminator.modules() if isinstance(layer, began.Conv)]
     pairs = [(k * n, k * n) for k in (1, 1, 2, 2, 3, 3, 4, 4)]
     assert shapes == [(n, 3), *pairs, (2 * n, n), (3 * n, 2 * n), (4 * n, 3 * n), *[(n, n)] * 5]
     assert str(discriminator.decoder) == str(generator)
-    assert generator(torch.zeros(2, 64)).shape == discriminator(torch.zeros(2, 3, 64, 64)).shape == (2, 3, 64, 64)
+    reconstructions, codes = discriminator(torch.zeros(2, 3, 64, 64))
+    assert generator(torch.zeros(2, 64)).shape == reconstructions.shape == (2, 3, 64, 64) and codes.shape == (2, 64)
 
 
 def test_layers_are_those_of_the_paper():
@@ -63,7 +71,8 @@ def test_layers_are_those_of_the_paper():
 
 
 def test_training_is_the_textbooks_though_d_sees_each_batch_once(data_flags, tmp_path, double):
-    began.main([*TINY["began"], *data_flags["began"], "--lambda-k", "1", "--keep", "--out", str(tmp_path)])
+    flags = "--lambda-k 1 --pt-weight 5 --keep".split()
+    began.main([*TINY["began"], *data_flags["began"], *flags, "--out", str(tmp_path)])
     before, after = (load(tmp_path / f"checkpoint-00000{step}.pt") for step in (2, 6))
     images = common.load_images(data_flags["began"][1], 16, root=data_flags["began"][3])
     generator, discriminator = (began.build(network, before["settings"]).double()
@@ -72,17 +81,25 @@ def test_training_is_the_textbooks_though_d_sees_each_batch_once(data_flags, tmp
     for name, item in dict(generator=generator, discriminator=discriminator, adam=adam).items():
         item.load_state_dict(before["state"][name])
     k = before["state"]["k"].item()
+
+    def losses(v):
+        """L(v), and L(v) + 5 k f_PT."""
+        reconstructions, codes = discriminator(v)
+        cosines = [F.cosine_similarity(a, b, dim=0) for a, b in itertools.combinations(codes, 2)]
+        loss = (v - reconstructions).abs().pow(2).mean()
+        return loss, loss + 5 * k * torch.stack(cosines).square().mean()
+
     for step in range(2, 6):
         adam.param_groups[0]["lr"] = 2e-5 + (4e-4 - 2e-5) * (1 - step / 6)
         torch.manual_seed(step)
         z = torch.rand(4, 8) * 2 - 1
         x = images[torch.randint(len(images), (4,))] / 127.5 - 1
         fake = generator(z)
-        real_loss, fake_loss = ((v - discriminator(v)).abs().pow(2).mean() for v in (x, fake.detach()))
+        (real_loss, _), (fake_loss, loss_g) = losses(x), losses(fake.detach())
         adam.zero_grad()
-        ((fake - discriminator(fake)).abs().pow(2).mean()).backward()
+        losses(fake)[1].backward()
         discriminator.zero_grad()
-        (real_loss - k * fake_loss).backward()
+        (real_loss - k * loss_g).backward()
         adam.step()
         k = min(max(k + 0.5 * real_loss.item() - fake_loss.item(), 0), 1)
     assert after["state"]["k"].item() == pytest.approx(k, abs=1e-9) and k > 0.1
@@ -91,15 +108,15 @@ def test_training_is_the_textbooks_though_d_sees_each_batch_once(data_flags, tmp
 
 
 def test_columns_agree_and_rate_and_carry_follow_the_step(data_flags, tmp_path):
-    flags = "--lr 1e-3 --lr-min 4e-4 --every 1 --keep --residual-steps 4 --ema 0".split()
+    flags = "--lr 1e-3 --lr-min 4e-4 --every 1 --keep --residual-steps 4 --ema 0 --pt-weight 5".split()
     began.main([*TINY["began"], *data_flags["began"], *flags, "--out", str(tmp_path)])
     began.main(["--resume", "--steps", "8", "--out", str(tmp_path)])  # goes on at the lowest rate
     began.main(["--resume", "--steps", "9", "--lr-steps", "20", "--out", str(tmp_path)])
     want = [1e-3, 9e-4, 8e-4, 7e-4, 6e-4, 5e-4, 4e-4, 4e-4, 7.6e-4]
     assert [float(row["lr"]) for row in rows(tmp_path)] == pytest.approx(want)
     for step, row in enumerate(rows(tmp_path), 1):
-        loss_d, real, fake, ratio, k, m = (float(row[name]) for name in began.METRICS[:-1])
-        want = real - k * fake, fake / real, real + abs(0.5 * real - fake)
+        loss_d, real, fake, pull_away, ratio, k, m = (float(row[name]) for name in began.METRICS[:-1])
+        want = real - k * (fake + 5 * k * pull_away), fake / real, real + abs(0.5 * real - fake)
         assert (loss_d, ratio, m) == pytest.approx(want, rel=1e-4)
         state = load(tmp_path / f"checkpoint-00000{step}.pt")["state"]
         carries = [state[network]["carry"].item() for network in ("discriminator", "generator", "averaged")]
