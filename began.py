@@ -8,8 +8,9 @@ generator G learns to make images that D reconstructs well. A number k_t in [0, 
     k_{t+1} = clip(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1)            holds L(G(z)) / L(x) at gamma
     M       = L(x) + |gamma L(x) - L(G(z))|                                falls as training converges
 
-The paper has w = 0, and short runs then make few kinds of images. So here G also gets the pull-away term f_PT of the
-EBGAN paper. It is small if D's encoder gives the samples of a batch codes that point in different directions.
+The paper has w = 0, and short runs then make few kinds of images. f_PT is the pull-away term of the EBGAN paper, the
+mean squared cosine between the codes that D's encoder gives to the samples of a batch. G lowers it, which makes samples
+vary, and D raises it. When D can no longer reconstruct the samples well, k_t falls, and the term fades.
 
     python began.py --gamma 0.5                                    # drawn faces, 32x32
     python began.py --data photos --image-size 64                  # a folder of your own pictures
@@ -18,8 +19,8 @@ EBGAN paper. It is small if D's encoder gives the samples of a batch codes that 
     python began.py --sample 1000; python began.py --interpolate 8 # use the generator of the newest run
     python began.py --embed photos                                 # find the z of real pictures, and walk between them
     torchrun --nproc_per_node 8 began.py --data celeba --image-size 128 --width 128 --batch-size 128 --lr 1e-4 \
-        --betas 0.9 0.999 --gamma 0.5 --lambda-k 0.001 --lr-patience 20 --eta 1 --residual-steps 16000 \
-        --steps 200000                                             # the paper's settings, 16 images per GPU
+        --betas 0.9 0.999 --gamma 0.5 --pt-weight 0 --lambda-k 0.001 --lr-patience 20 --eta 1 \
+        --residual-steps 16000 --steps 200000                      # the paper's settings, 16 images per GPU
 
 Measured: the mean of L(G(z)) / L(x) late in a run is within 0.02 of gamma (0.3, 0.5, 0.7 and 0.9). A run of 6,000 steps
 took 10 minutes on one core of an AMD EPYC. Its faces are clean but of few kinds: precision 0.91, recall 0.06.
@@ -142,7 +143,7 @@ class Discriminator(nn.Module):
 
 
 def reconstruction_loss(images: Tensor, reconstructions: Tensor, eta: float = 1.0) -> Tensor:
-    """L(v) = mean |v - D(v)|^eta (eq. 1), a scalar, from tensors of the same shape. Raises ValueError otherwise."""
+    """L(v) = mean |v - D(v)|^eta (section 3.1), a scalar. Raises ValueError if the shapes differ."""
     if images.shape != reconstructions.shape:
         raise ValueError(f"shapes differ: {tuple(images.shape)} and {tuple(reconstructions.shape)}")
     return (images - reconstructions).abs().pow(eta).mean()
@@ -272,7 +273,7 @@ def train(args: argparse.Namespace) -> Path:
         L_D = real_loss - k * L_G
         adam.zero_grad()
         # One backward pass through D(G(z)) serves both losses. It leaves the gradient of L_G in D as well. Times -k_t,
-        # and with the gradient of L(x) added, that is D's gradient of L_D = L(x) - k_t L_G.
+        # plus the gradient of L(x), it is the gradient of L_D = L(x) - k_t L_G.
         L_G.backward()
         for parameter in discriminator.parameters():
             parameter.grad *= -k
@@ -315,7 +316,7 @@ def train(args: argparse.Namespace) -> Path:
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
         if args.lr_patience == 0:
             lr.fill_(args.lr_min + (args.lr - args.lr_min) * max(0.0, 1 - step / args.lr_steps))
-        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, which forgets the start
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, to forget the start
         if args.residual_steps > 0:
             for network in (generator, discriminator, discriminator.decoder):
                 network.carry.fill_(max(0.0, 1 - step / args.residual_steps))
@@ -499,7 +500,7 @@ def sample(args: argparse.Namespace) -> Path:
 
 
 def interpolate(args: argparse.Namespace) -> Path:
-    """--interpolate N: write N straight walks between two random z, one in a row."""
+    """--interpolate N: write N straight walks between two random z, one per row."""
     device = start(args)
     generator, settings = load_generator(args.out, device)
     folder = common.next_folder(Path(args.out, "interpolate"))
@@ -560,7 +561,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=6000, help="stop at this step")
     add("--lr", type=float, default=4e-4, help="Adam's learning rate at the start")
     add("--lr-min", type=float, default=2e-5, help="the lowest learning rate")
-    add("--lr-steps", type=int, default=0, help="steps in which the rate falls to --lr-min; 0 for --steps")
+    add("--lr-steps", type=int, default=0, help="steps over which the rate falls to --lr-min; 0 for --steps")
     add("--lr-patience", type=int, default=0,
         help="halve the rate instead, after more than this many rows of metrics.csv without a lower M; 0 for never")
     add("--betas", type=float, nargs=2, default=[0.5, 0.99], metavar="BETA", help="Adam's betas")
@@ -571,7 +572,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of weights, batches and noise")
     add("--every", type=int, default=100, help="steps between rows of metrics.csv, pictures and checkpoints")
     add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
-    add("--gamma", type=float, default=0.9, help="diversity ratio L(G(z)) / L(x); 0.3 to 0.7 in the paper")
+    add("--gamma", type=float, default=0.5, help="diversity ratio L(G(z)) / L(x); 0.3 to 0.7 in the paper")
     add("--pt-weight", type=float, default=1.0, help="w, the weight of the pull-away term; 0 in the paper")
     add("--lambda-k", type=float, default=0.2, help="learning rate of k_t; 0.001 in the paper")
     add("--eta", type=int, choices=(1, 2), default=2, help="exponent of the reconstruction loss")

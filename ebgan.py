@@ -291,7 +291,7 @@ def train(args: argparse.Namespace) -> Path:
     last_row, started = done, time.perf_counter()
     for step in range(done, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
-        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, which forgets the start
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, to forget the start
         batches.refill()
         total += step_once()
         say(f"{step + 1}/{args.steps}", end="\r")
@@ -470,7 +470,7 @@ def sample(args: argparse.Namespace) -> Path:
 
 
 def interpolate(args: argparse.Namespace) -> Path:
-    """--interpolate N: write N straight walks between two random z, one in a row."""
+    """--interpolate N: write N straight walks between two random z, one per row."""
     device = start(args)
     generator, settings = load_generator(args.out, device)
     folder = common.next_folder(Path(args.out, "interpolate"))

@@ -346,7 +346,7 @@ def train(args: argparse.Namespace) -> Path:
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
         low, high = lr_range(step, pieces, args.lr_steps)
         lr.fill_(random.Random(args.seed * 1_000_003 + step).uniform(low, high))  # the same rate on every rank
-        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, which forgets the start
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, to forget the start
         batches.refill()
         total += step_once()
         say(f"{step + 1}/{args.steps}", end="\r")

@@ -2,6 +2,7 @@
 
     python tests/reproduce.py began                    # 6 runs of 2,000 steps, two at a time on one thread each
     python tests/reproduce.py variants                 # BEGAN at 16x16, a flag at a time: 18 runs of 2,500 steps
+    python tests/reproduce.py variety                  # BEGAN's pull-away term and gamma: 14 runs of 6,000 steps
     python tests/reproduce.py ebgan                    # 30 runs of 1,000 steps, on MNIST
     python tests/reproduce.py unrolled                 # 60 runs of 3,000 steps
     python tests/reproduce.py stacked                  # 1,000 modes: 16 runs of 2,500 steps, one of each other script
@@ -11,7 +12,7 @@
     python tests/reproduce.py former                   # 12 runs with the defaults of earlier versions
     python tests/reproduce.py deviations               # 46 runs: other deviations from the papers, one at a time
     python tests/reproduce.py ring                     # the front page's GIF: 2 runs of 3,000 steps
-    python tests/reproduce.py pictures                 # its other pictures: 6 default runs, which stay in runs
+    python tests/reproduce.py pictures                 # its other pictures: 10 runs, which stay in runs
     python tests/reproduce.py digits                   # write the 5,000 MNIST digits of the pages to data
 
 MNIST is looked for in the folder that GAN_TEST_DATA names, or else in data. `digits` takes the 5,000 digits from the
@@ -134,7 +135,7 @@ def spread(values: list[float], digits: int) -> str:
 def began_gammas(jobs: int) -> str:
     """BEGAN at three diversity ratios: is L(G(z)) / L(x) held at gamma, and does diversity follow?"""
     cells = [dict(gamma=gamma, seed=seed) for gamma in (0.3, 0.5, 0.7) for seed in (0, 1)]
-    rule = "--every 50 --lr-patience 3 --precision fp32 --ema 0"  # the paper's rule for the rate, and no averaging
+    rule = "--every 50 --lr-patience 3 --precision fp32 --ema 0 --pt-weight 0"  # the paper's rule and losses
 
     def measure(cell: dict) -> dict:
         with train("began", f"--steps 2000 --gamma {cell['gamma']} {rule}", cell["seed"]) as run:
@@ -159,6 +160,20 @@ def began_variants(jobs: int) -> str:
             return faces.score(judge.sampled(run.folder)) | run.last("diversity") | dict(seconds=run.seconds)
 
     return table(run_cells("variants", cells, measure, jobs), ["flags"], SCORES | dict(kl=2, diversity=2, minutes=1))
+
+
+def began_variety(jobs: int) -> str:
+    """BEGAN with and without the pull-away term, and at other values of gamma."""
+    cells = [dict(gamma=0.5, pt_weight=weight, seed=seed) for weight in (0, 1) for seed in (0, 1, 2)]
+    cells += [dict(gamma=gamma, pt_weight=weight, seed=0) for gamma in (0.3, 0.7, 0.9) for weight in (0, 1)]
+    cells += [dict(gamma=0.5, pt_weight=weight, seed=0) for weight in (0.3, 0.5)]
+    faces = judge.Judge("faces")
+
+    def measure(cell: dict) -> dict:
+        with train("began", "--gamma {gamma} --pt-weight {pt_weight}".format(**cell), cell["seed"]) as run:
+            return faces.score(judge.sampled(run.folder)) | dict(ratio=run.fifth("ratio"), seconds=run.seconds)
+
+    return table(run_cells("variety", cells, measure, jobs), ["gamma", "pt_weight"], dict(ratio=3) | ALL_SCORES)
 
 
 def ebgan_margins(jobs: int) -> str:
@@ -296,7 +311,7 @@ def defaults(jobs: int, name: str = "defaults", flags: dict[str, str] = {}) -> s
 
 def former(jobs: int) -> str:
     """The same runs with the defaults of earlier versions."""
-    return defaults(jobs, "former", dict(began="--steps 3000 --gamma 0.5 --every 50 --lr-patience 3 --ema 0",
+    return defaults(jobs, "former", dict(began="--steps 3000 --every 50 --lr-patience 3 --ema 0 --pt-weight 0",
                                          ebgan="--steps 3000 --ema 0",
                                          wgan_gp="--steps 4000 --augment --n-critic 4 --dropout 0.2"))
 
@@ -304,13 +319,15 @@ def former(jobs: int) -> str:
 def precision(jobs: int) -> str:
     """Does bf16 cost quality? Short runs in both precisions, scored by tests/judge.py."""
     data = dict(began=("faces", "data"), ebgan=("mnist", MNIST))
+    more = dict(began="--gamma 0.9 --pt-weight 0", ebgan="")
     cells = [dict(script=script, numbers=numbers, seed=seed)
              for script in data for seed in (0, 1, 2) for numbers in ("fp32", "bf16")]
     judges = {script: judge.Judge(*where) for script, where in data.items()}
 
     def measure(cell: dict) -> dict:
         script, numbers, seed = cell.values()
-        flags = "--data {} --data-root {} --precision {} --steps 1500 --every 1500".format(*data[script], numbers)
+        source, root = data[script]
+        flags = f"--data {source} --data-root {root} --precision {numbers} --steps 1500 --every 1500 {more[script]}"
         with train(script, flags, seed) as run:
             return judges[script].score(judge.sampled(run.folder)) | dict(seconds=run.seconds)
 
@@ -339,13 +356,14 @@ def unrolled(jobs: int) -> str:
 def stacked(jobs: int) -> str:
     """The paper's 1,000 modes: K, and D's width beside G's. The other scripts have about ten minutes each."""
     others = {"wgan_gp": 6000, "ebgan": 4000, "began": 3000}
+    losses = {"began": "--gamma 0.9 --pt-weight 0"}
     cells = [dict(script="unrolled_gan", d_width=width, unroll_steps=steps, seed=seed)
              for seed in (0, 1) for width in (2, 4) for steps in (0, 1, 5, 10)]
     cells += [dict(script=script, steps=steps, seed=0) for script, steps in others.items()]
     digits = judge.Judge("mnist", MNIST)
 
     def measure(cell: dict) -> dict:
-        flags = f"--data stacked-mnist --data-root {MNIST} --every 500"
+        flags = f"--data stacked-mnist --data-root {MNIST} --every 500 {losses.get(cell['script'], '')}"
         if cell["script"] == "unrolled_gan":
             flags += " --batch-size 128 --lr 3e-4 6e-4 --width 64 --activation relu --d-activation leaky"
             flags += " --gain 1.4 --d-width {d_width} --unroll-steps {unroll_steps}".format(**cell)
@@ -393,18 +411,19 @@ def beside(run: Path, data: str, root: str, name: str) -> None:
 
 def pictures(jobs: int) -> str:
     """The pictures of default runs on the front page. Runs that are in runs/pictures already are not repeated."""
-    runs = {f"began-{gamma}": f"--gamma {gamma}" for gamma in (0.3, 0.5, 0.7, 0.9)}
+    gammas = (0.3, 0.5, 0.7, 0.9)
+    runs = {f"began-{gamma}": f"--gamma {gamma}" for gamma in gammas}
+    runs |= {f"began-{gamma}-paper": f"--gamma {gamma} --pt-weight 0" for gamma in gammas}
     runs |= dict(ebgan=f"--data mnist --data-root {MNIST}", wgan_gp="")
     folders = {name: Path("runs/pictures", name) for name in runs}
     for name, flags in runs.items():
         if not (folders[name] / "training.gif").exists():
             call(ROOT / f"{name.partition('-')[0]}.py", *flags.split(), "--out", folders[name])
     faces = common.reference_images(common.load_images("faces", 32), 8)
-    groups = {name.replace("began-", "gamma "): judge.sampled(folder, 8) for name, folder in folders.items()
-              if "began" in name}
-    panels(groups | {"data": faces}, 2, "began-gammas.png")
+    for losses in "", "-paper":
+        groups = {f"gamma {gamma}": judge.sampled(folders[f"began-{gamma}{losses}"], 8) for gamma in gammas}
+        panels(groups | {"data": faces}, 2, f"began-gammas{losses}.png")
     beside(folders["began-0.5"], "faces", "data", "began-first.png")
-    beside(folders["began-0.9"], "faces", "data", "began.png")
     beside(folders["ebgan"], "mnist", MNIST, "ebgan-mnist.png")
     beside(folders["wgan_gp"], "fish", "data", "wgan_gp-fish.png")
     frames = [Image.open(path) for path in sorted(folders["wgan_gp"].glob("samples/[0-9]*.png"))]
@@ -427,9 +446,9 @@ def digits(jobs: int) -> str:
     return f"wrote {folder}"
 
 
-TABLES = {"began": began_gammas, "variants": began_variants, "ebgan": ebgan_margins, "unrolled": unrolled,
-          "stacked": stacked, "wgan_gp": wgan_gp_ablation, "deviations": deviations, "precision": precision,
-          "defaults": defaults, "former": former, "ring": ring, "pictures": pictures,
+TABLES = {"began": began_gammas, "variants": began_variants, "variety": began_variety, "ebgan": ebgan_margins,
+          "unrolled": unrolled, "stacked": stacked, "wgan_gp": wgan_gp_ablation, "deviations": deviations,
+          "precision": precision, "defaults": defaults, "former": former, "ring": ring, "pictures": pictures,
           "digits": digits}
 
 
