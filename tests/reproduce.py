@@ -11,7 +11,7 @@
     python tests/reproduce.py former                   # 12 runs with the defaults of earlier versions
     python tests/reproduce.py deviations               # 46 runs: other deviations from the papers, one at a time
     python tests/reproduce.py ring                     # the front page's GIF: 2 runs of 3,000 steps
-    python tests/reproduce.py pictures                 # its other pictures: 10 runs, which stay in runs
+    python tests/reproduce.py pictures                 # its other pictures: 11 runs, which stay in runs
     python tests/reproduce.py digits                   # write the 5,000 MNIST digits of the pages to data
 
 MNIST is looked for in the folder that GAN_TEST_DATA names, or else in data. `digits` takes the 5,000 digits from the
@@ -378,19 +378,19 @@ def ring(jobs: int) -> str:
     return f"wrote {IMAGES / 'ring.gif'}"
 
 
-def panels(groups: dict[str, torch.Tensor], columns: int, name: str) -> None:
+def panels(groups: dict[str, torch.Tensor], columns: int, name: str, zoom: int = 2) -> None:
     """Write groups of images side by side, each under its title."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, f"{number}.png") for number in range(len(groups))]
         for images, file in zip(groups.values(), files):
-            common.save_grid(images, file, columns, zoom=2)
+            common.save_grid(images, file, columns, zoom=zoom)
         common.save_panels([Image.open(file) for file in files], list(groups), IMAGES / name)
 
 
-def beside(run: Path, data: str, root: str, name: str) -> None:
+def beside(run: Path, data: str, root: str, name: str, size: int = 32) -> None:
     """Write 25 samples of a run, and beside them 25 pictures of its data."""
-    real = common.reference_images(common.load_images(data, 32, root=root), 25)
-    panels(dict(samples=judge.sampled(run, 25), data=real), 5, name)
+    real = common.reference_images(common.load_images(data, size, root=root), 25)
+    panels(dict(samples=judge.sampled(run, 25), data=real), 5, name, zoom=64 // size)
 
 
 def pictures(jobs: int) -> str:
@@ -398,6 +398,7 @@ def pictures(jobs: int) -> str:
     gammas = (0.3, 0.5, 0.7, 0.9)
     runs = {f"began-{gamma}": f"--gamma {gamma}" for gamma in gammas}
     runs |= {f"began-{gamma}-paper": f"--gamma {gamma} --pt-weight 0" for gamma in gammas}
+    runs |= {"began-64": "--image-size 64"}
     runs |= dict(ebgan=f"--data mnist --data-root {MNIST}", wgan_gp="")
     folders = {name: Path("runs/pictures", name) for name in runs}
     for name, flags in runs.items():
@@ -408,6 +409,7 @@ def pictures(jobs: int) -> str:
         groups = {f"gamma {gamma}": judge.sampled(folders[f"began-{gamma}{losses}"], 8) for gamma in gammas}
         panels(groups | {"data": faces}, 2, f"began-gammas{losses}.png")
     beside(folders["began-0.5"], "faces", "data", "began-first.png")
+    beside(folders["began-64"], "faces", "data", "began-64.png", size=64)
     beside(folders["ebgan"], "mnist", MNIST, "ebgan-mnist.png")
     beside(folders["wgan_gp"], "fish", "data", "wgan_gp-fish.png")
     frames = [Image.open(path) for path in sorted(folders["wgan_gp"].glob("samples/[0-9]*.png"))]
