@@ -11,7 +11,7 @@
     python tests/reproduce.py former                   # 12 runs with the defaults of earlier versions
     python tests/reproduce.py deviations               # 46 runs: other deviations from the papers, one at a time
     python tests/reproduce.py ring                     # the front page's GIF: 2 runs of 3,000 steps
-    python tests/reproduce.py pictures                 # its other pictures: 11 runs, which stay in runs
+    python tests/reproduce.py pictures                 # pictures of samples: 13 runs, which stay in runs
     python tests/reproduce.py digits                   # write the 5,000 MNIST digits of the pages to data
 
 MNIST is looked for in the folder that GAN_TEST_DATA names, or else in data. `digits` takes the 5,000 digits from the
@@ -26,7 +26,9 @@ import csv
 import importlib.util
 import itertools
 import json
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,6 +50,7 @@ import common  # noqa: E402
 import judge  # noqa: E402
 
 RESULTS, IMAGES = ROOT / ".github/results", ROOT / ".github/images"
+PARTS = Path("runs/pictures")  # rows of pictures, and runs of which pictures are made
 MNIST = os.environ.get("GAN_TEST_DATA", "data")
 SCORES = dict(frechet=2, precision=2, recall=2)  # columns of tests/judge.py, and their decimal places
 ALL_SCORES = SCORES | dict(least_class=3, kl=3)
@@ -130,6 +133,27 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
+def write_part(images: torch.Tensor, name: str) -> None:
+    """Write ten images to PARTS, as a row of a picture."""
+    common.save_grid(images[:10], PARTS / f"{name}.png", columns=10, zoom=64 // images.shape[-1])
+
+
+def join_parts(rows: dict[str, str], name: str, colours: int = 256) -> None:
+    """Join parts below each other, each with its label on the left, if all their cells have been run here."""
+    if not all((PARTS / f"{part}.png").exists() for part in rows.values()):
+        return
+    pictures = [Image.open(PARTS / f"{part}.png") for part in rows.values()]
+    font = ImageFont.load_default(18)
+    left = math.ceil(max(font.getlength(label) for label in rows)) + 16
+    joined = Image.new("RGB", (left + pictures[0].width, sum(picture.height for picture in pictures)), "white")
+    draw, top = ImageDraw.Draw(joined), 0
+    for label, picture in zip(rows, pictures):
+        joined.paste(picture, (left, top))
+        draw.text((left - 8, top + picture.height / 2), label, "#333333", font, "rm")
+        top += picture.height
+    joined.quantize(colours).save(IMAGES / name, optimize=True)
+
+
 def began_variants(jobs: int) -> str:
     """BEGAN at 16x16 with one flag changed at a time: what is each worth, and what helps recall?"""
     variants = ["", "--gamma 0.5", "--gamma 1", "--eta 1", "--every 50 --lr-patience 3", "--ema 0", "--no-skip",
@@ -164,7 +188,7 @@ def ebgan_margins(jobs: int) -> str:
     """The margins of the MNIST experiment behind the script, with and without the pull-away term. Other deviations."""
     variants = [f"--margin {margin} --pt-weight {weight}" for margin in (2, 8, 16) for weight in (0, 0.1)]
     variants += [f"{variants[3]} {more}" for more in ("--ema 0", "--layers paper", "--lr 2e-4", "--betas 0.9 0.999")]
-    shown = dict(zip(variants[1::2], ("margin-2", "margin-8", "margin-16", "layers-paper")))
+    shown = {"m = 2": variants[1], "m = 8": variants[3], "m = 16": variants[5], "paper's layers": variants[7]}
     cells = [dict(flags=flags, seed=seed) for seed in (0, 1, 2) for flags in variants]
     mnist = judge.Judge("mnist", MNIST)
 
@@ -172,13 +196,16 @@ def ebgan_margins(jobs: int) -> str:
         flags = f"--data mnist --data-root {MNIST} --steps 1000 --batch-size 32 {cell['flags']}"
         with train("ebgan", flags, cell["seed"]) as run:
             pictures = judge.sampled(run.folder)
-            if cell["seed"] == 0 and cell["flags"] in shown:
-                common.save_grid(pictures[:16], IMAGES / f"ebgan-{shown[cell['flags']]}.png", columns=16)
+            if cell["seed"] == 0 and cell["flags"] in shown.values():
+                write_part(pictures, f"ebgan {cell['flags']}")
             watched = {name: run.last_fifth(name) for name in ("energy_real", "energy_fake", "loss_d", "diversity")}
             return watched | mnist.score(pictures)
 
     places = dict(energy_real=1, energy_fake=1, loss_d=1, diversity=2) | SCORES
-    return table(run_cells("ebgan", cells, measure, jobs), ["flags"], places)
+    lines = run_cells("ebgan", cells, measure, jobs)
+    write_part(common.load_images("mnist", 32, root=MNIST), "mnist")
+    join_parts({label: f"ebgan {flags}" for label, flags in shown.items()} | {"data": "mnist"}, "ebgan-margins.png")
+    return table(lines, ["flags"], places)
 
 
 def wgan_gp_ablation(jobs: int) -> str:
@@ -330,11 +357,18 @@ def unrolled(jobs: int) -> str:
         settings = "--data {data} --prior-std {prior_std} --activation {activation} --unroll-steps {unroll_steps}"
         with train("unrolled_gan", f"{settings.format(**cell)} --steps 3000 --every 300", cell["seed"]) as run:
             if cell["seed"] == 0:
-                name = "unrolled-{data}-{unroll_steps}-{prior_std}-{activation}.png".format(**cell)
-                Image.open(run.folder / "strip.png").quantize(64).save(IMAGES / name, optimize=True)
+                name = "unrolled-{data}-{prior_std}-{activation}-{unroll_steps}.png".format(**cell)
+                PARTS.mkdir(parents=True, exist_ok=True)
+                shutil.copy(run.folder / "strip.png", PARTS / name)
             return run.last(*places) | dict(seconds=run.seconds)
 
-    return table(run_cells("unrolled", cells, measure, jobs), list(even), places)
+    lines = run_cells("unrolled", cells, measure, jobs)
+    for name, part in dict(unrolled_gan="ring-0.0-relu", **{"unrolled_gan-grid": "grid-0.0-tanh"}).items():
+        join_parts({f"K = {steps}": f"unrolled-{part}-{steps}" for steps in (0, 10)}, f"{name}.png", colours=64)
+    kinds = (0.06, "relu"), (0.12, "relu"), (0.12, "tanh")
+    join_parts({f"{prior_std}, {activation}, K = {steps}": f"unrolled-ring-{prior_std}-{activation}-{steps}"
+                for prior_std, activation in kinds for steps in (0, 10)}, "unrolled_gan-uneven.png", colours=64)
+    return table(lines, list(even), places)
 
 
 def stacked(jobs: int) -> str:
@@ -354,11 +388,15 @@ def stacked(jobs: int) -> str:
         with train(cell["script"], f"{flags} --steps {cell.get('steps', 2500)}", cell["seed"]) as run:
             samples = judge.sampled(run.folder, 25_600)
             if cell["seed"] == 0:
-                name = "-".join(str(value) for key, value in cell.items() if key not in ("seed", "steps"))
-                common.save_grid(samples[:16], IMAGES / f"stacked-{name}.png", columns=16, zoom=1)
+                keys = [str(cell[key]) for key in cell if key not in ("seed", "steps")]
+                write_part(samples, "-".join(["stacked", *keys]))
             return judge.modes(digits, samples) | dict(seconds=run.seconds)
 
     lines = run_cells("stacked", cells, measure, jobs)
+    write_part(common.load_images("stacked-mnist", 32, root=MNIST), "stacked-data")
+    rows = {"wgan_gp.py": "wgan_gp", "ebgan.py": "ebgan", "began.py": "began", "unrolled, K = 0": "unrolled_gan-4-0",
+            "unrolled, K = 10": "unrolled_gan-4-10", "data": "data"}
+    join_parts({label: f"stacked-{part}" for label, part in rows.items()}, "stacked.png")
     ours, theirs = ([line for line in lines if (line["script"] in others) == other] for other in (False, True))
     return table(ours, ["d_width", "unroll_steps"], dict(modes=1, kl=2)) + "\n" + table(
         theirs, ["script", "steps"], dict(minutes=0, modes=0, kl=2))
@@ -394,13 +432,15 @@ def beside(run: Path, data: str, root: str, name: str, size: int = 32) -> None:
 
 
 def pictures(jobs: int) -> str:
-    """The pictures of default runs on the front page. Runs that are in runs/pictures already are not repeated."""
+    """Samples beside the data. Runs that are in runs/pictures already are not repeated."""
     gammas = (0.3, 0.5, 0.7, 0.9)
     runs = {f"began-{gamma}": f"--gamma {gamma}" for gamma in gammas}
     runs |= {f"began-{gamma}-paper": f"--gamma {gamma} --pt-weight 0" for gamma in gammas}
     runs |= {"began-64": "--image-size 64"}
-    runs |= dict(ebgan=f"--data mnist --data-root {MNIST}", wgan_gp="")
-    folders = {name: Path("runs/pictures", name) for name in runs}
+    runs |= {"ebgan": f"--data mnist --data-root {MNIST}", "wgan_gp": "",
+             "ebgan-faces": "--data faces --margin 9.5 --lr 1e-3 3e-4 --steps 1300",
+             "wgan_gp-64": f"--init-from {PARTS / 'wgan_gp'} --image-size 64"}
+    folders = {name: PARTS / name for name in runs}
     for name, flags in runs.items():
         if not (folders[name] / "training.gif").exists():
             call(ROOT / f"{name.partition('-')[0]}.py", *flags.split(), "--out", folders[name])
@@ -411,7 +451,9 @@ def pictures(jobs: int) -> str:
     beside(folders["began-0.5"], "faces", "data", "began-first.png")
     beside(folders["began-64"], "faces", "data", "began-64.png", size=64)
     beside(folders["ebgan"], "mnist", MNIST, "ebgan-mnist.png")
+    beside(folders["ebgan-faces"], "faces", "data", "ebgan-faces.png")
     beside(folders["wgan_gp"], "fish", "data", "wgan_gp-fish.png")
+    beside(folders["wgan_gp-64"], "fish", "data", "wgan_gp-64.png", size=64)
     frames = [Image.open(path) for path in sorted(folders["wgan_gp"].glob("samples/[0-9]*.png"))]
     frames = [frame.crop((0, 0, frame.width, frame.height // 2)).quantize(64).convert("RGB") for frame in frames]
     common.save_gif(frames, IMAGES / "wgan_gp-training.gif", limit=25)
