@@ -134,8 +134,8 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def write_part(images: torch.Tensor, name: str) -> None:
-    """Write ten images to PARTS, as a row of a picture."""
-    common.save_grid(images[:10], PARTS / f"{name}.png", columns=10, zoom=64 // images.shape[-1])
+    """Write nine images to PARTS, as a row of a picture."""
+    common.save_grid(images[:9], PARTS / f"{name}.png", columns=9, zoom=2)
 
 
 def join_parts(rows: dict[str, str], name: str, colours: int = 256) -> None:
