@@ -363,7 +363,7 @@ def unrolled(jobs: int) -> str:
             return run.last(*places) | dict(seconds=run.seconds)
 
     lines = run_cells("unrolled", cells, measure, jobs)
-    for name, part in dict(unrolled_gan="ring-0.0-relu", **{"unrolled_gan-grid": "grid-0.0-tanh"}).items():
+    for name, part in {"unrolled_gan": "ring-0.0-relu", "unrolled_gan-grid": "grid-0.0-tanh"}.items():
         join_parts({f"K = {steps}": f"unrolled-{part}-{steps}" for steps in (0, 10)}, f"{name}.png", colours=64)
     kinds = (0.06, "relu"), (0.12, "relu"), (0.12, "tanh")
     join_parts({f"{prior_std}, {activation}, K = {steps}": f"unrolled-ring-{prior_std}-{activation}-{steps}"
