@@ -90,7 +90,7 @@ class Generator(nn.Module):
     drive the error of generated images to any height, and a plain tanh reaches black and white only at infinity.
     """
 
-    def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = False, residual: bool = False):
+    def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = True, residual: bool = False):
         super().__init__()
         self.skip, self.residual = skip, residual
         self.register_buffer("carry", torch.ones(()))
@@ -117,7 +117,7 @@ class Discriminator(nn.Module):
     The encoder has n, 2n, 3n, ... channels.
     """
 
-    def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = False, residual: bool = False):
+    def __init__(self, latent: int, width: int, size: int, channels: int, skip: bool = True, residual: bool = False):
         super().__init__()
         self.residual = residual
         self.register_buffer("carry", torch.ones(()))

@@ -9,7 +9,7 @@ images of low energy. The pull-away term f_PT keeps the codes S = Enc(G(z)) of a
     L_G     = D(G(z)) + w f_PT(S)                                    the loss of G, averaged over the batch
     f_PT(S) = 1 / (N (N - 1)) sum_i sum_{j != i} cos(S_i, S_j)^2     mean over the pairs of N codes
 
-    python ebgan.py --margin 8                                     # drawn digits, 32x32
+    python ebgan.py                                                # drawn digits, 32x32
     python ebgan.py --data photos --image-size 64                  # a folder of your own pictures
     python ebgan.py --resume                                       # continue the newest run
     python ebgan.py --init-from runs/ebgan-001 --data photos       # start a new run from the weights of another

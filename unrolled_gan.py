@@ -78,7 +78,7 @@ def layered(layers: list[nn.Module], activation: str, gain: float) -> list[nn.Mo
 class Generator(nn.Sequential):
     """Latent [N, latent] to points [N, 2], with two hidden layers."""
 
-    def __init__(self, latent: int, width: int, activation: str = "relu", gain: float = 0.8):
+    def __init__(self, latent: int, width: int, activation: str = "tanh", gain: float = 0.8):
         layers = [nn.Linear(a, b) for a, b in itertools.pairwise([latent, width, width, 2])]
         super().__init__(*layered(layers, activation, gain))
 

@@ -136,7 +136,7 @@ class Critic(nn.Module):
     Above 32x32 the images also enter at half their size, average-pooled. So C can grow.
     """
 
-    def __init__(self, width: int, size: int, channels: int, dropout: float = 0.5, stddev: bool = True):
+    def __init__(self, width: int, size: int, channels: int, dropout: float = 0.0, stddev: bool = True):
         super().__init__()
         self.dropout, self.stddev = dropout, stddev
         sizes = [2**level for level in range(size.bit_length() - 1, 2, -1)]  # size to 8
