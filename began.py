@@ -48,7 +48,7 @@ import common
 
 SCRIPT = "began"  # the name in its checkpoints, whatever this file is called
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes (ranks) that torchrun has started
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the number of this one
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # this process
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -65,24 +65,23 @@ class Conv(nn.Conv2d):
 
 
 class UpConv(nn.Conv2d):
-    """Nearest-neighbour 2x up-sampling, 3x3 convolution and ELU.
+    """Nearest-neighbour 2x up-sampling and 3x3 convolution.
 
     They are one transposed convolution, which takes 2.25 times fewer multiplications than up-sampling first.
     """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, padding=1)
-        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # row i of 3 adds to these of 4 rows
+        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # where row i of 3 falls among 4
         self.register_buffer("taps", torch.einsum("hy,wx->hwyx", rows, rows), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = torch.einsum("oihw,hwyx->ioyx", self.weight, self.taps)  # adds weights that meet the same pixel
-        y = F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
-        return F.elu(y, inplace=True)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):
-    """Latent [N, latent] to images [N, channels, size, size] in [-2, 2]. D's decoder is the same network.
+    """Latent [N, latent] to images [N, channels, size, size] in [-2, 2]. D's decoder is a second such network.
 
     A linear layer makes h0 [N, width, 8, 8]; two convolutions follow at every resolution. ``skip`` concatenates h0 to
     the input of every up-sampling. ``residual`` adds a vanishing residual, with the weight ``carry``, to each layer
@@ -107,7 +106,7 @@ class Generator(nn.Module):
         for up, conv in zip(self.up, self.conv[2:]):
             if self.skip:
                 x = torch.cat([x, F.interpolate(h0, size=x.shape[2:])], dim=1)
-            x = conv(up(x), carry)
+            x = conv(F.elu(up(x), inplace=True), carry)
         return 2 * (self.last(x) / 2).tanh()
 
 
@@ -150,7 +149,7 @@ def reconstruction_loss(images: Tensor, reconstructions: Tensor, eta: float = 1.
 
 
 def pull_away_term(codes: Tensor) -> Tensor:
-    """f_PT, the mean of cos(S_i, S_j)^2 over i != j (EBGAN, eq. 4): N > 1 codes [N, ...] to a scalar in [0, 1]."""
+    """f_PT, the mean of cos(S_i, S_j)^2 over i != j (EBGAN, section 2.4): N > 1 codes [N, ...] to a scalar."""
     if codes.ndim < 2 or len(codes) < 2:
         raise ValueError(f"not codes [N, ...] with N > 1: {tuple(codes.shape)}")
     codes = codes.flatten(1).to(torch.promote_types(codes.dtype, torch.float32))  # in fp16 the sum would overflow
@@ -190,7 +189,7 @@ def update_ema(average: nn.Module, network: nn.Module, weight: Tensor | float) -
 
 METRICS = ("loss_d", "loss_real", "loss_fake", "pull_away", "ratio", "k", "m", "lr")  # ratio: L(G(z)) / L(x)
 PANELS = [("loss_real", "loss_fake"), ("pull_away",), ("ratio",), ("k",), ("m",), ("lr",), ("swd", "diversity")]
-# The saved weights depend on these flags:
+# A saved network fits these settings only:
 NETWORK_FLAGS = ("image_size", "channels", "width", "latent", "skip")
 
 
@@ -232,7 +231,7 @@ def train(args: argparse.Namespace) -> Path:
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(device) else "fp32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    torch.zeros(100_000, dtype=torch.bfloat16).tanh()  # on some CPUs, ELU in fp32 is ten times as fast after this
+    torch.zeros(100_000, dtype=torch.bfloat16).tanh()  # on some CPUs, ELU in fp32 is 13 times as fast after this
     batch_size = args.batch_size // WORLD  # this rank's share
     batches = common.Batches(images, batch_size, device, args.hflip)
     reference = common.reference_images(images, 256).to(device)  # real images to compare samples with
@@ -243,10 +242,11 @@ def train(args: argparse.Namespace) -> Path:
     parameters = [*generator.parameters(), *discriminator.parameters()]
     k = torch.zeros((), device=device)  # what changes from step to step is a tensor, which a CUDA graph can read
     lr = torch.full_like(k, args.lr)
+    lr_min = min(args.lr_min, args.lr)  # a rate below --lr-min stays as it is
     ema_weight = torch.ones_like(k)
     adam = torch.optim.Adam(parameters, lr, tuple(args.betas), fused=True, capturable=device.type == "cuda")
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, factor=0.5, patience=args.lr_patience, threshold=0,
-                                                         min_lr=args.lr_min, eps=0)
+                                                         min_lr=lr_min, eps=0)
     networks = dict(generator=generator, averaged=averaged, discriminator=discriminator)
     state = networks | dict(adam=adam, k=k)
 
@@ -293,8 +293,8 @@ def train(args: argparse.Namespace) -> Path:
     def show(step: int) -> None:
         """Write the table, the chart and the pictures."""
         fake, real = averaged(fixed_z[:64]), reference[:16]
-        some = fake[:len(real)]
-        reconstructions = torch.cat([real, discriminator(real)[0], some, discriminator(some)[0]])
+        samples = fake[:len(real)]
+        reconstructions = torch.cat([real, discriminator(real)[0], samples, discriminator(samples)[0]])
         common.attempt(common.save_table, rows, folder / "metrics.csv")
         common.attempt(common.save_chart, rows, folder / "curves.png", PANELS)
         common.attempt(common.save_grid, reference[:64], folder / "samples/real.png")
@@ -311,37 +311,39 @@ def train(args: argparse.Namespace) -> Path:
             plateau.step(row["m"])  # a resumed run finds its rate again
     step_once = cuda_graph(update) if args.graph and device.type == "cuda" else update
     total = torch.zeros(len(METRICS), device=device)
-    last_row, started = done, time.perf_counter()
-    for step in range(done, args.steps):
+    first = last_row = done
+    started = time.perf_counter()
+    for step in range(first, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
         if args.lr_patience == 0:
-            lr.fill_(args.lr_min + (args.lr - args.lr_min) * max(0.0, 1 - step / args.lr_steps))
-        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, to forget the start
+            lr.fill_(lr_min + (args.lr - lr_min) * max(0.0, 1 - step / args.lr_steps))
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # at first a copy of G, then an ever longer average
         if args.residual_steps > 0:
             for network in (generator, discriminator, discriminator.decoder):
                 network.carry.fill_(max(0.0, 1 - step / args.residual_steps))
         batches.refill()
         total += step_once()
-        say(f"{step + 1}/{args.steps}", end="\r")
-        if (step + 1) % args.every != 0 and step + 1 != args.steps:
+        done = step + 1
+        say(f"{done}/{args.steps}", end="\r")
+        if done % args.every != 0 and done != args.steps:
             continue
 
         all_reduce_mean([total])
-        metrics = dict(zip(METRICS, (total / (step + 1 - last_row)).tolist()))
-        check_finite(step + 1, metrics, networks)
+        metrics = dict(zip(METRICS, (total / (done - last_row)).tolist()))
+        check_finite(done, metrics, networks)
         if args.lr_patience > 0:
             plateau.step(metrics["m"])
         total.zero_()
-        last_row = step + 1
+        last_row = done
         if RANK > 0:
             continue
-        rows.append(dict(step=step + 1, **metrics, **common.compare(averaged(fixed_z), reference)))
-        save(args, step + 1, state, rows)
-        show(step + 1)
-        pace = (step + 1 - done) / max(time.perf_counter() - started, 1e-9)
-        left = datetime.timedelta(seconds=round((args.steps - step - 1) / pace))
+        rows.append(dict(step=done, **metrics, **common.compare(averaged(fixed_z), reference)))
+        save(args, done, state, rows)
+        show(done)
+        pace = (done - first) / max(time.perf_counter() - started, 1e-9)
+        left = datetime.timedelta(seconds=round((args.steps - done) / pace))
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        say(f"{step + 1}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
+        say(f"{done}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
     return folder
 
 
@@ -414,8 +416,8 @@ def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Mo
     bad += [name for name, network in networks.items()
             if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
     if bad:
-        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
-                                 "by --init-from from the last checkpoint if there is one")
+        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start over with a lower --lr, "
+                                 "or from the last checkpoint with --init-from")
 
 
 def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
@@ -431,7 +433,7 @@ def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> 
 def load(path: str | Path, state: dict | None = None) -> dict:
     """Read a checkpoint, a file or a run's folder, and restore the networks, optimizers and tensors in ``state``.
 
-    No code in the file can run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    The file cannot run code. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -458,7 +460,7 @@ def load(path: str | Path, state: dict | None = None) -> dict:
             else:
                 item.load_state_dict(checkpoint["state"][name])
     except Exception as error:  # a damaged file can make torch raise almost anything
-        reason = " ".join(str(error).partition(". ")[0].split())
+        reason = " ".join(str(error).partition(". ")[0].split())  # torch's second sentence advises an unsafe load
         raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
     return checkpoint
 
@@ -539,7 +541,7 @@ def embed(args: argparse.Namespace) -> Path:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 # These flags must be positive:
-COUNTS = ("batch_size", "steps", "every", "width", "latent", "sample", "interpolate")
+POSITIVE = ("batch_size", "steps", "every", "width", "latent", "sample", "interpolate")
 # These flags are not settings of a run:
 NOT_SETTINGS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None, embed=None)
 
@@ -571,7 +573,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--graph", action=switch, default=True, help="on a GPU, replay the step as a CUDA graph")
     add("--seed", type=int, default=0, help="seed of weights, batches and noise")
     add("--every", type=int, default=100, help="steps between rows of metrics.csv, pictures and checkpoints")
-    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
+    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint, for --init-from")
     add("--gamma", type=float, default=0.5, help="diversity ratio L(G(z)) / L(x); 0.3 to 0.7 in the paper")
     add("--pt-weight", type=float, default=1.0, help="w, the weight of the pull-away term; 0 in the paper")
     add("--lambda-k", type=float, default=0.2, help="learning rate of k_t; 0.001 in the paper")
@@ -608,6 +610,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     elif args.init_from:
         saved = load(args.init_from)["settings"]
         parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
+    # The saved settings are the defaults now, so parse again: flags on the command line win
     args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS | dict(out=args.out)))
 
     for name, value in vars(args).items():
@@ -617,7 +620,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not 0 <= number < 2**32:
                 parser.error(f"{flag}: {number} is negative or too large")
-        if name in COUNTS and value == 0:
+        if name in POSITIVE and value == 0:
             parser.error(f"{flag}: must be positive")
         if name in NETWORK_FLAGS and name in saved and value != saved[name]:
             parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
@@ -634,7 +637,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = read_flags(argv)
         action = sample if args.sample else interpolate if args.interpolate else embed if args.embed else train
-        say(f"the results are in {action(args)}")
+        folder = action(args)
+        say(f"the results are in {folder}")
         if WORLD > 1:
             dist.barrier()  # with gloo, a rank that leaves early can crash the others
             dist.destroy_process_group()
@@ -642,11 +646,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.out and Path(args.out, "checkpoint.pt").exists():
             command = ["python", os.path.relpath(__file__), "--resume", "--out", str(args.out)]
             sys.exit(f"stopped; to continue training: {shlex.join(command)}")
-        sys.exit("stopped before the first checkpoint, so nothing has been saved")
+        sys.exit("stopped before the first checkpoint, so nothing has been saved" if RANK == 0 else 1)
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as when memory runs out
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory has not run out
             raise
-        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split()) or 'out of memory'}")
 
 
 if __name__ == "__main__":

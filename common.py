@@ -34,8 +34,9 @@ from torch import Tensor
 def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
     """Write a file completely or not at all: `with atomic_write("a.png") as file: image.save(file)`.
 
-    `file` is a hidden temporary file beside `path`. When the block ends, it is synced (if `sync` is on) and renamed. If
-    anything fails, `path` stays as it was. Only one process may write a path at a time. Raises OSError, which names it.
+    `file` is a hidden temporary file beside `path`. When the block ends, the file is synced (if `sync` is on) and
+    renamed. If anything fails, `path` stays as it was. Only one process may write a path at a time. Raises an OSError
+    that names the path.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -72,12 +73,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _print_to_stderr(text: str, end: str = "\n") -> None:
-    """Print to stderr, and ignore it if it is broken. Progress lines (end="\\r") appear only on a terminal."""
+    """Print to stderr, unless it is broken. Progress lines (end="\\r") appear only on a terminal."""
     with suppress(Exception):
-        encoding = getattr(sys.stderr, "encoding", None) or "ascii"
         if end == "\n" or sys.stderr.isatty():
-            sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + end)
-            sys.stderr.flush()
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 def next_folder(stem: str | Path) -> Path:
@@ -99,7 +98,7 @@ def newest_folder(pattern: str, file: str) -> Path:
 
 
 def attempt(write: Callable, *arguments: object) -> None:
-    """Call a function that writes something to look at. A failure is a warning."""
+    """Call write(*arguments), and only warn if it fails, because a picture must not stop a run."""
     try:
         write(*arguments)
     except Exception as error:
@@ -245,7 +244,7 @@ def draw_face(rng: random.Random, size: int) -> tuple[Image.Image, int]:
     canvas, upright = _Canvas(size, lit(back, 0.3)), zoom * complex(math.cos(tilt), math.sin(tilt))
     canvas.turn, canvas.shift = upright, complex(u(-0.05, 0.05), u(-0.06, 0.02))
     if style in ("bob", "long"):
-        end, flare = u(0.4, 0.6) + 0.55 * (style == "long"), out + u(0, 0.12)
+        end, flare = u(0.4, 0.6) + (0.55 if style == "long" else 0), out + u(0, 0.12)
         canvas.shade(_smooth(_both([0.25 + top * 1j, out - 0.2j, flare + 0.03 + (end - 0.4) * 1j,
                                     flare + (end - 0.08) * 1j, flare - 0.15 + end * 1j])), lit(_mix(hair, BLACK, 0.3)))
     elif style == "curly":
@@ -295,7 +294,7 @@ def draw_face(rng: random.Random, size: int) -> tuple[Image.Image, int]:
     mouth, upper = at(0, 0.44) - smile * 0.6j, -smile - full * 0.2
     canvas.fill(_arch(mouth, reach, full - smile, smile + gape + full * 1.3), lips)
     canvas.fill(_arch(mouth, reach * 0.92, upper, smile + gape + full * 0.4), (76, 18, 30))
-    canvas.fill(_arch(mouth, reach * 0.82, upper, smile + gape * 0.7), WHITE, 255 * (gape > 0.015))
+    canvas.fill(_arch(mouth, reach * 0.82, upper, smile + gape * 0.7), WHITE, 255 if gape > 0.015 else 0)
 
     if hairline:  # hair in front of the head, and its sheen
         crown = _both([out + low * 1j, out - 0.3j, 0.36 + (top + 0.1) * 1j, 0.12 + top * 1j])
@@ -386,7 +385,7 @@ def draw_fish(rng: random.Random, size: int) -> tuple[Image.Image, int]:
         centre = -0.38 + shift + 1.2 * k / bands
         canvas.fill(_arch(centre, 0.7j, width + 0.025, width / 2 + 0.025), BLACK)
         canvas.fill(_arch(centre, 0.7j, width, width / 2), _TINTS[mark])
-    canvas.fill(_arch(0.05 + shift * 1j, 0.55 - 0.03j, stripe, stripe / 2), _TINTS[mark], 160 * (stripe > 0))
+    canvas.fill(_arch(0.05 + shift * 1j, 0.55 - 0.03j, stripe, stripe / 2), _TINTS[mark], 160 if stripe > 0 else 0)
     for _ in range(spots):
         radius = u(0.02, 0.055)
         canvas.fill(_ellipse(complex(u(-0.45, 0.5), u(-0.4, 0.1)), radius, radius), dark, 210)
@@ -430,8 +429,8 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
         torchvision training set (mnist, fashion, cifar10, celeba; kept in `root`), or a folder with its subfolders.
         Hidden and system folders, folders that hold a run, and `root` are left out.
     channels: 1 (luminance) or 3. None or 0 means 1 if every pixel is grey, and 3 otherwise. Greyscale of more than
-        8 bits is scaled with one range for the whole folder: white is the greatest value, black is 0 or, if that is
-        lower, the smallest.
+        8 bits is scaled with one range for the whole folder: white is the largest value, and black is 0, or the
+        smallest value if that is negative.
     quiet: print nothing. Otherwise lines on stderr count the pictures and name those that cannot be read.
 
     Generated sets, CelebA and folders are decoded once into root/cache and memory-mapped, so they may be larger than
@@ -500,7 +499,7 @@ def _find_pictures(folder: str, root: str) -> tuple[dict[str, list], str]:
     # A folder that cannot be listed counts as a picture that cannot be read, so that it is named
     walk = os.walk(folder, followlinks=True, onerror=lambda error: found.update({error.filename[start:]: []}))
     for where, folders, files in walk:
-        folders.sort()  # so that a folder with two paths is always reached by the same one
+        folders.sort()  # so that a folder with two paths is always reached by the same path
         real = os.path.realpath(where)
         reason = _reason_to_leave_out(where, root) if where != folder else ""
         if reason:
@@ -615,7 +614,7 @@ class _PictureSet(NamedTuple):
     """Pictures to decode."""
 
     name: str  # a dataset, or the path of a folder
-    items: Collection[str]  # a name for each picture; a dict also holds what tells whether its file has changed
+    items: Collection[str]  # the pictures' names; in a dict, a value changes when its file does
     open: Callable[[str], Image.Image]  # opens or draws the picture of a name
     channels: int  # 1 or 3, or 0 for 1 if all pixels are grey
     remark: str = ""  # ends the summary line
@@ -670,7 +669,7 @@ def _remove_old(family: str, entry: Path) -> None:
     for old in [*entry.parent.glob(f"{family}*"), *entry.parent.glob("*.tmp")]:
         with suppress(OSError):
             written = max(path.stat().st_mtime for path in [old, *old.iterdir()])
-            if old != entry and time.time() - written > 3600:  # no process is writing or opening it
+            if old != entry and time.time() - written > 3600:  # by then no process is writing or opening it
                 shutil.rmtree(old)
 
 
@@ -698,7 +697,7 @@ def _decode(pictures: _PictureSet, shape: tuple[int, int, int], path: Path, repo
     if black < white:
         remark += f", grey levels above 8 bits: {black:g} to {white:g} scaled to 0 to 255"
     if dark:
-        remark += f", {dark:,} nearly black (no value above 63), like 12 bits stored as 16"
+        remark += f", {dark:,} nearly black (no value above 63), as when 12 bits are stored in 16"
     return dict(count=count, grey=grey, remark=remark, skipped=skipped)
 
 
@@ -708,6 +707,8 @@ def _visit_all(pictures: _PictureSet, task: Callable, skipped: dict[str, str], r
         try:
             with pictures.open(name) as image:
                 return task(image)
+        except MemoryError:
+            raise
         except Exception as error:  # damaged files raise almost anything
             return error
 
@@ -744,7 +745,8 @@ class Batches:
 
     Call `refill` before every step. Then `batches()`, or `batches(i)` for i < `per_step`, works inside a CUDA graph.
     Pictures are drawn with replacement. With `hflip`, each is flipped with probability 0.5. A `resident` dataset stays
-    on the device, by default if it takes at most half of the free memory. Otherwise `refill` copies the next batches.
+    on the device, by default if it takes at most half of the free memory, and every call draws a new batch. Otherwise
+    `refill` copies the next batches, and `batches(i)` returns the same pictures until then.
     """
 
     def __init__(self, images: Tensor, batch_size: int, device: torch.device, hflip: bool = False, per_step: int = 1,
@@ -762,7 +764,9 @@ class Batches:
 
     def refill(self) -> None:
         """Copy the next batches to the device, unless the whole dataset is there."""
-        for slot in () if self.buffer is None else self.buffer:
+        if self.buffer is None:
+            return
+        for slot in self.buffer:
             batch = self._draw()
             slot.copy_(batch.pin_memory() if self.device.type == "cuda" else batch, non_blocking=True)
 
@@ -815,7 +819,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, zoom
     """Write images [N, C, H, W] (C is 1 or 3, values as for `to_bytes`) to one PNG, row by row with white gaps.
 
     The grid is about square unless `columns` is given. Images [R, N, C, H, W] make R rows. Pixels are enlarged by
-    `zoom`, by default up to 4 times as long as a row fits into 1024. Raises OSError, and ValueError without an image.
+    `zoom`, by default by up to 4 as long as a row fits into 1024 pixels. Raises OSError, and ValueError for no image.
     """
     from torchvision.utils import make_grid  # here, because importing torchvision doubles the start-up time
 
@@ -851,7 +855,7 @@ def save_gif(frames: list, path: str | Path, ms: int = 120, hold: int = 1500, li
     """Write frames (paths of pictures, or PIL images) to a looping GIF.
 
     Paths that cannot be read are skipped. Beyond `limit`, an evenly spaced subset is kept. Each frame lasts `ms`
-    milliseconds, and the last one `hold`. All are resized to the last one, divided by a whole number to about 512
+    milliseconds, and the last one `hold`. All get the size of the last one, reduced by a whole factor to about 512
     pixels. Raises OSError, and ValueError without a frame.
     """
     kept = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(limit, len(frames)))]

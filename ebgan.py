@@ -45,7 +45,7 @@ import common
 
 SCRIPT = "ebgan"  # the name in its checkpoints, whatever this file is called
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes (ranks) that torchrun has started
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the number of this one
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # this process
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ class UpConv(nn.Conv2d):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, padding=1)
-        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # row i of 3 adds to these of 4 rows
+        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # where row i of 3 falls among 4
         self.register_buffer("taps", torch.einsum("hy,wx->hwyx", rows, rows), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Generator(nn.Module):
 
     def __init__(self, latent: int, width: int, size: int, channels: int, layers: str, norm: type[nn.Module]):
         super().__init__()
-        widths = [max(1, width >> level) for level in range(int(math.log2(size // 4)))]
+        widths = [max(1, width // 2**level) for level in range(int(math.log2(size // 4)))]
         self.first = nn.Linear(latent, width * 4 * 4)
         self.norm = norm(width)
         self.decoder = decoder(widths, channels, layers, norm)
@@ -105,7 +105,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, code: int, width: int, size: int, channels: int, layers: str, norm: type[nn.Module]):
         super().__init__()
-        widths = [width << level for level in range(max(3, int(math.log2(size // 8))))]
+        widths = [width * 2**level for level in range(max(3, int(math.log2(size // 8))))]
         blocks = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for inputs, outputs in itertools.pairwise(widths):
             blocks += [nn.Conv2d(inputs, outputs, 4, 2, 1), norm(outputs), nn.LeakyReLU(0.2)]
@@ -126,9 +126,9 @@ class Discriminator(nn.Module):
 
 
 def energy(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """D(v) = ||Dec(Enc(v)) - v|| (eq. 1): two tensors [N, ...] to energies [N]. Raises ValueError if shapes differ."""
-    if images.shape != reconstructions.shape or images.ndim < 2:
-        raise ValueError(f"not of one shape [N, ...]: {tuple(images.shape)} and {tuple(reconstructions.shape)}")
+    """D(v) = ||Dec(Enc(v)) - v|| (section 2.3): [N, ...] to energies [N]. Raises ValueError if the shapes differ."""
+    if images.shape != reconstructions.shape:
+        raise ValueError(f"shapes differ: {tuple(images.shape)} and {tuple(reconstructions.shape)}")
     return (reconstructions - images).flatten(1).norm(dim=1)
 
 
@@ -138,7 +138,7 @@ def discriminator_loss(real_energy: Tensor, fake_energy: Tensor, margin: float) 
 
 
 def pull_away_term(codes: Tensor) -> Tensor:
-    """f_PT, the mean of cos(S_i, S_j)^2 over i != j (EBGAN, eq. 4): N > 1 codes [N, ...] to a scalar in [0, 1]."""
+    """f_PT, the mean of cos(S_i, S_j)^2 over i != j (EBGAN, section 2.4): N > 1 codes [N, ...] to a scalar."""
     if codes.ndim < 2 or len(codes) < 2:
         raise ValueError(f"not codes [N, ...] with N > 1: {tuple(codes.shape)}")
     codes = codes.flatten(1).to(torch.promote_types(codes.dtype, torch.float32))  # in fp16 the sum would overflow
@@ -173,7 +173,7 @@ def update_ema(average: nn.Module, network: nn.Module, weight: Tensor | float) -
 
 METRICS = ("energy_real", "energy_fake", "loss_d", "loss_g", "pull_away")  # D(x), D(G(z)), L_D, L_G, f_PT
 PANELS = [("energy_real", "energy_fake"), ("loss_d", "loss_g"), ("pull_away",), ("swd", "diversity")]
-# The saved weights depend on these flags:
+# A saved network fits these settings only:
 NETWORK_FLAGS = ("image_size", "channels", "layers", "g_width", "d_width", "latent", "code", "batch_norm")
 
 
@@ -223,9 +223,9 @@ def train(args: argparse.Namespace) -> Path:
     averaged = copy.deepcopy(generator).eval().requires_grad_(False)  # makes all the samples
     g_parameters, d_parameters = list(generator.parameters()), list(discriminator.parameters())
     ema_weight = torch.ones((), device=device)
-    betas = tuple(args.betas)
-    adam_g = torch.optim.Adam(g_parameters, args.lr[0], betas, fused=True, capturable=device.type == "cuda")
-    adam_d = torch.optim.Adam(d_parameters, args.lr[-1], betas, fused=True, capturable=device.type == "cuda")
+    options = dict(betas=tuple(args.betas), fused=True, capturable=device.type == "cuda")
+    adam_g = torch.optim.Adam(g_parameters, args.lr[0], **options)
+    adam_d = torch.optim.Adam(d_parameters, args.lr[-1], **options)
     networks = dict(generator=generator, averaged=averaged, discriminator=discriminator)
     state = networks | dict(adam_g=adam_g, adam_d=adam_d)
 
@@ -271,9 +271,9 @@ def train(args: argparse.Namespace) -> Path:
     def show(step: int) -> None:
         """Write the table, the chart and the pictures."""
         fake, real = averaged(fixed_z[:64]), reference[:16]
-        some = fake[:len(real)]
+        samples = fake[:len(real)]
         discriminator.eval()
-        reconstructions = torch.cat([real, discriminator(real)[0], some, discriminator(some)[0]])
+        reconstructions = torch.cat([real, discriminator(real)[0], samples, discriminator(samples)[0]])
         discriminator.train()
         common.attempt(common.save_table, rows, folder / "metrics.csv")
         common.attempt(common.save_chart, rows, folder / "curves.png", PANELS)
@@ -288,30 +288,32 @@ def train(args: argparse.Namespace) -> Path:
         show(done)  # in case the run was killed between a checkpoint and its pictures
     step_once = cuda_graph(update) if args.graph and device.type == "cuda" else update
     total = torch.zeros(len(METRICS), device=device)
-    last_row, started = done, time.perf_counter()
-    for step in range(done, args.steps):
+    first = last_row = done
+    started = time.perf_counter()
+    for step in range(first, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
-        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, to forget the start
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # at first a copy of G, then an ever longer average
         batches.refill()
         total += step_once()
-        say(f"{step + 1}/{args.steps}", end="\r")
-        if (step + 1) % args.every != 0 and step + 1 != args.steps:
+        done = step + 1
+        say(f"{done}/{args.steps}", end="\r")
+        if done % args.every != 0 and done != args.steps:
             continue
 
         all_reduce_mean([total])
-        metrics = dict(zip(METRICS, (total / (step + 1 - last_row)).tolist()))
-        check_finite(step + 1, metrics, networks)
+        metrics = dict(zip(METRICS, (total / (done - last_row)).tolist()))
+        check_finite(done, metrics, networks)
         total.zero_()
-        last_row = step + 1
+        last_row = done
         if RANK > 0:
             continue
-        rows.append(dict(step=step + 1, **metrics, **common.compare(averaged(fixed_z), reference)))
-        save(args, step + 1, state, rows)
-        show(step + 1)
-        pace = (step + 1 - done) / max(time.perf_counter() - started, 1e-9)
-        left = datetime.timedelta(seconds=round((args.steps - step - 1) / pace))
+        rows.append(dict(step=done, **metrics, **common.compare(averaged(fixed_z), reference)))
+        save(args, done, state, rows)
+        show(done)
+        pace = (done - first) / max(time.perf_counter() - started, 1e-9)
+        left = datetime.timedelta(seconds=round((args.steps - done) / pace))
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        say(f"{step + 1}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
+        say(f"{done}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
     return folder
 
 
@@ -384,8 +386,8 @@ def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Mo
     bad += [name for name, network in networks.items()
             if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
     if bad:
-        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
-                                 "by --init-from from the last checkpoint if there is one")
+        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start over with a lower --lr, "
+                                 "or from the last checkpoint with --init-from")
 
 
 def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
@@ -401,7 +403,7 @@ def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> 
 def load(path: str | Path, state: dict | None = None) -> dict:
     """Read a checkpoint, a file or a run's folder, and restore the networks, optimizers and tensors in ``state``.
 
-    No code in the file can run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    The file cannot run code. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -428,7 +430,7 @@ def load(path: str | Path, state: dict | None = None) -> dict:
             else:
                 item.load_state_dict(checkpoint["state"][name])
     except Exception as error:  # a damaged file can make torch raise almost anything
-        reason = " ".join(str(error).partition(". ")[0].split())
+        reason = " ".join(str(error).partition(". ")[0].split())  # torch's second sentence advises an unsafe load
         raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
     return checkpoint
 
@@ -483,7 +485,7 @@ def interpolate(args: argparse.Namespace) -> Path:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 # These flags must be positive:
-COUNTS = ("batch_size", "steps", "every", "d_steps", "g_steps", "g_width", "d_width", "latent", "code", "sample",
+POSITIVE = ("batch_size", "steps", "every", "d_steps", "g_steps", "g_width", "d_width", "latent", "code", "sample",
           "interpolate")
 # These flags are not settings of a run:
 NOT_SETTINGS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None)
@@ -512,7 +514,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--graph", action=switch, default=True, help="on a GPU, replay the step as a CUDA graph")
     add("--seed", type=int, default=0, help="seed of weights, batches and noise")
     add("--every", type=int, default=100, help="steps between rows of metrics.csv, pictures and checkpoints")
-    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
+    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint, for --init-from")
     add("--margin", type=float, default=0.0, help="m, the energy that D learns to give samples; 0 for sqrt(C H W) / 4")
     add("--pt-weight", type=float, default=0.1, help="w, the weight of the pull-away term; 0 for none")
     add("--d-steps", type=int, default=1, help="updates of D in a step")
@@ -550,6 +552,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     elif args.init_from:
         saved = load(args.init_from)["settings"]
         parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
+    # The saved settings are the defaults now, so parse again: flags on the command line win
     args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS | dict(out=args.out)))
 
     for name, value in vars(args).items():
@@ -559,7 +562,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not 0 <= number < 2**32:
                 parser.error(f"{flag}: {number} is negative or too large")
-        if name in COUNTS and value == 0:
+        if name in POSITIVE and value == 0:
             parser.error(f"{flag}: must be positive")
         if name in NETWORK_FLAGS and name in saved and value != saved[name]:
             parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
@@ -578,7 +581,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = read_flags(argv)
         action = sample if args.sample else interpolate if args.interpolate else train
-        say(f"the results are in {action(args)}")
+        folder = action(args)
+        say(f"the results are in {folder}")
         if WORLD > 1:
             dist.barrier()  # with gloo, a rank that leaves early can crash the others
             dist.destroy_process_group()
@@ -586,11 +590,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.out and Path(args.out, "checkpoint.pt").exists():
             command = ["python", os.path.relpath(__file__), "--resume", "--out", str(args.out)]
             sys.exit(f"stopped; to continue training: {shlex.join(command)}")
-        sys.exit("stopped before the first checkpoint, so nothing has been saved")
+        sys.exit("stopped before the first checkpoint, so nothing has been saved" if RANK == 0 else 1)
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as when memory runs out
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory has not run out
             raise
-        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split()) or 'out of memory'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""Unrolled GAN: Unrolled Generative Adversarial Networks (Metz, Poole, Pfau, Sohl-Dickstein, 2016, arXiv:1611.02163).
+r"""Unrolled Generative Adversarial Networks (Metz, Poole, Pfau and Sohl-Dickstein, 2016, arXiv:1611.02163).
 
 The generator G looks ahead. It is judged not by the discriminator D as it is, but by what K more steps would make of D,
 and its gradient runs through these steps. D itself then takes one ordinary step. With theta, the parameters of D:
@@ -9,8 +9,8 @@ and its gradient runs through these steps. D itself then takes one ordinary step
     df_K/dG     = df/dG + df/dtheta^K dtheta^K/dG                          the second term is the paper's idea
 
     python unrolled_gan.py                                         # a ring of 8 Gaussians
-    python unrolled_gan.py --activation relu --unroll-steps 0      # a plain GAN, which collapses to one of them
-    python unrolled_gan.py --activation relu                       # the same GAN unrolled, which finds all 8
+    python unrolled_gan.py --activation relu --unroll-steps 0      # a plain GAN, which collapses
+    python unrolled_gan.py --activation relu                       # the same GAN unrolled, which does not
     python unrolled_gan.py --data grid --prior-std 0.02            # 25 Gaussians of uneven weights
     python unrolled_gan.py --data points.npy                       # your own points, an array [N, 2]
     python unrolled_gan.py --data photos --batch-size 64           # a folder of your own pictures
@@ -21,7 +21,7 @@ and its gradient runs through these steps. D itself then takes one ordinary step
     python unrolled_gan.py --activation relu --lr 1e-4 --betas 0.5 0.999 --d-layers 1 --input-scale 4 \
         --g-loss saddle --steps 25000                              # the paper's settings
     python unrolled_gan.py --data stacked-mnist --batch-size 128 --activation relu --d-activation leaky --gain 1.4 \
-        --width 64 --d-width 4 --lr 1e-4 2e-4                      # its 1,000 modes, with D half as wide as G
+        --width 64 --d-width 4 --lr 1e-4 2e-4                      # its 1,000 modes
     python unrolled_gan.py --d-activation tanh --gain 1.4 --lr 1e-3 1e-4 --unroll-steps 5 --g-loss saddle \
         --steps 25000                                              # the settings of the authors' notebook
     python unrolled_gan.py --activation relu --gain 0 --lr 1e-3 1e-4 --fresh    # settings of andrewliao11/unrolled-gans
@@ -54,7 +54,7 @@ import common
 
 SCRIPT = "unrolled_gan"  # the name in its checkpoints, whatever this file is called
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes (ranks) that torchrun has started
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the number of this one
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # this process
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class ImageDiscriminator(nn.Sequential):
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """L_D = -f = -E log D(x) - E log(1 - D(G(z))) (eq. 1 and 2): two tensors of logits of one shape to a scalar.
+    """L_D = -f = -E log D(x) - E log(1 - D(G(z))) (section 2.1): two tensors of logits of one shape to a scalar.
 
     Raises ValueError if the shapes differ.
     """
@@ -137,7 +137,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def generator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "saddle") -> Tensor:
-    """L_G of the logits of theta^K: f for ``saddle`` (eq. 8), or -E log D(G(z)) for ``nonsaturating``.
+    """L_G of the logits of theta^K: f for ``saddle`` (section 2.2), or -E log D(G(z)) for ``nonsaturating``.
 
     The real term of f matters, because theta^K depends on G. Raises ValueError for another kind, or if shapes differ.
     """
@@ -151,13 +151,13 @@ def generator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "saddle
 
 def unroll(discriminator: nn.Module, adam: torch.optim.Adam, loss: Callable[[dict[str, Tensor]], Tensor],
            steps: int) -> dict[str, Tensor]:
-    """theta^K (eq. 7): what K = ``steps`` more steps of its ``adam`` on ``loss`` would make of any discriminator.
+    """theta^K (section 2.2): what K = ``steps`` more steps of its ``adam`` on ``loss`` would make of any discriminator.
 
     ``loss`` is called once per step with theta^k, a dict for functional_call(discriminator, theta, (x,)). The result is
     such a dict. It is differentiable in everything that ``loss`` depends on, such as G(z). The discriminator and
     ``adam`` do not change. Batch norm and spectral norm write to copies of their buffers, which the dicts hold too.
-    Raises ValueError unless ``adam`` is a plain Adam, without weight decay or amsgrad, whose one group holds all the
-    parameters.
+    Raises ValueError unless ``adam`` is a plain Adam, without weight decay, amsgrad and maximize, whose one group holds
+    all the parameters.
     """
     group, *others = adam.param_groups
     if others or not isinstance(adam, torch.optim.Adam):
@@ -235,7 +235,7 @@ def draw(means: Tensor, weights: Tensor, std: float, count: int) -> Tensor:
     return means[modes] + std * torch.randn(count, 2, device=means.device)
 
 
-def mode_statistics(samples: Tensor, means: Tensor, std: float, weights: Tensor) -> dict[str, float]:
+def mode_statistics(samples: Tensor, means: Tensor, weights: Tensor, std: float) -> dict[str, float]:
     """How samples [N, 2] spread over a mixture.
 
     ``covered`` and ``reached`` count the modes with at least N / 128 samples (20 of 2,560): within 3 std of the mean,
@@ -258,7 +258,7 @@ def mode_statistics(samples: Tensor, means: Tensor, std: float, weights: Tensor)
 METRICS = ("loss_d", "loss_g", "unroll_gain")  # L_D, L_G, f(G, theta^K) - f(G, theta)
 PANELS = [("covered", "reached", "modes", "coverable"), ("quality",), ("kl",), ("swd", "diversity"),
           ("loss_d", "loss_g"), ("unroll_gain",)]
-# The saved weights depend on these flags:
+# A saved network fits these settings only:
 NETWORK_FLAGS = ("image_size", "channels", "width", "d_width", "latent", "activation", "d_activation", "d_layers",
                  "input_scale")
 
@@ -310,8 +310,8 @@ def save_strip(folder: Path, pictures: list[Path]) -> None:
     """Write strip.png: four of the sample pictures, evenly spaced over the run, and the data, side by side."""
     places = sorted({max(0, len(pictures) * quarter // 4 - 1) for quarter in (1, 2, 3, 4)})
     titles = [f"step {int(pictures[place].stem):,}" for place in places]
-    shown = [*(pictures[place] for place in places), folder / "samples/real.png"]
-    common.save_panels([Image.open(path) for path in shown], [*titles, "data"], folder / "strip.png")
+    paths = [*(pictures[place] for place in places), folder / "samples/real.png"]
+    common.save_panels([Image.open(path) for path in paths], [*titles, "data"], folder / "strip.png")
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -330,7 +330,8 @@ def train(args: argparse.Namespace) -> Path:
     else:
         images = common.load_images(args.data, args.image_size, args.channels, args.data_root, quiet=RANK > 0)
         args.channels = images.shape[1]
-        batches = common.Batches(images, batch_size, device, args.hflip, 1 + args.unroll_steps if args.fresh else 1)
+        batches = common.Batches(images, batch_size, device, args.hflip,
+                                 per_step=1 + args.unroll_steps if args.fresh else 1)
         reference = common.reference_images(images, count).to(device)  # real images to compare samples with
     if RANK == 0 and WORLD > 1:
         dist.barrier()
@@ -392,8 +393,8 @@ def train(args: argparse.Namespace) -> Path:
         """Compare samples with the data. The points in a file have no modes to count."""
         samples = generator(fixed_z)
         if args.data in MODE_STD:
-            coverable = mode_statistics(reference, means, std, weights)["covered"]  # the most that can be expected
-            return mode_statistics(samples, means, std, weights) | dict(coverable=coverable)
+            coverable = mode_statistics(reference, means, weights, std)["covered"]  # the most that can be expected
+            return mode_statistics(samples, means, weights, std) | dict(coverable=coverable)
         return {} if of_points else common.compare(samples, reference)
 
     @torch.no_grad()
@@ -415,30 +416,32 @@ def train(args: argparse.Namespace) -> Path:
         show(done)  # in case the run was killed between a checkpoint and its pictures
     step_once = cuda_graph(update) if args.graph and device.type == "cuda" else update
     total = torch.zeros(len(METRICS), device=device)
-    last_row, started = done, time.perf_counter()
-    for step in range(done, args.steps):
+    first = last_row = done
+    started = time.perf_counter()
+    for step in range(first, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
         if not of_points:
             batches.refill()
         total += step_once()
-        say(f"{step + 1}/{args.steps}", end="\r")
-        if (step + 1) % args.every != 0 and step + 1 != args.steps:
+        done = step + 1
+        say(f"{done}/{args.steps}", end="\r")
+        if done % args.every != 0 and done != args.steps:
             continue
 
         all_reduce_mean([total])
-        metrics = dict(zip(METRICS, (total / (step + 1 - last_row)).tolist()))
-        check_finite(step + 1, metrics, networks)
+        metrics = dict(zip(METRICS, (total / (done - last_row)).tolist()))
+        check_finite(done, metrics, networks)
         total.zero_()
-        last_row = step + 1
+        last_row = done
         if RANK > 0:
             continue
-        rows.append(dict(step=step + 1, **metrics, **measure()))
-        save(args, step + 1, state, rows)
-        show(step + 1)
-        pace = (step + 1 - done) / max(time.perf_counter() - started, 1e-9)
-        left = datetime.timedelta(seconds=round((args.steps - step - 1) / pace))
+        rows.append(dict(step=done, **metrics, **measure()))
+        save(args, done, state, rows)
+        show(done)
+        pace = (done - first) / max(time.perf_counter() - started, 1e-9)
+        left = datetime.timedelta(seconds=round((args.steps - done) / pace))
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        say(f"{step + 1}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
+        say(f"{done}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
     return folder
 
 
@@ -511,8 +514,8 @@ def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Mo
     bad += [name for name, network in networks.items()
             if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
     if bad:
-        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
-                                 "by --init-from from the last checkpoint if there is one")
+        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start over with a lower --lr, "
+                                 "or from the last checkpoint with --init-from")
 
 
 def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
@@ -528,7 +531,7 @@ def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> 
 def load(path: str | Path, state: dict | None = None) -> dict:
     """Read a checkpoint, a file or a run's folder, and restore the networks, optimizers and tensors in ``state``.
 
-    No code in the file can run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    The file cannot run code. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -555,7 +558,7 @@ def load(path: str | Path, state: dict | None = None) -> dict:
             else:
                 item.load_state_dict(checkpoint["state"][name])
     except Exception as error:  # a damaged file can make torch raise almost anything
-        reason = " ".join(str(error).partition(". ")[0].split())
+        reason = " ".join(str(error).partition(". ")[0].split())  # torch's second sentence advises an unsafe load
         raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
     return checkpoint
 
@@ -606,7 +609,7 @@ def sample(args: argparse.Namespace) -> Path:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 # These flags must be positive:
-COUNTS = ("batch_size", "steps", "every", "width", "d_width", "latent", "d_layers", "input_scale", "sample")
+POSITIVE = ("batch_size", "steps", "every", "width", "d_width", "latent", "d_layers", "input_scale", "sample")
 # These flags are not settings of a run:
 NOT_SETTINGS = dict(out=None, init_from=None, resume=False, sample=None)
 
@@ -628,13 +631,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prior-std", type=float, default=0.0, help="standard deviation of the weights of ring or grid")
     add("--batch-size", type=int, default=512, help="points or images in a batch, counting all ranks")
     add("--steps", type=int, default=3000, help="stop at this step")
-    add("--lr", type=float, nargs="+", default=[1e-3, 3e-4], help="Adam's learning rate, or G's and D's")
+    add("--lr", type=float, nargs="+", default=[1e-3, 3e-4], help="Adam's learning rate, or two: for G and for D")
     add("--betas", type=float, nargs=2, default=[0.5, 0.999], metavar="BETA", help="Adam's betas")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--graph", action=switch, default=True, help="on a GPU, replay the step as a CUDA graph")
     add("--seed", type=int, default=0, help="seed of weights, batches and noise")
     add("--every", type=int, default=100, help="steps between rows of metrics.csv, pictures and checkpoints")
-    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
+    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint, for --init-from")
     add("--unroll-steps", type=int, default=10, help="the paper's K; 0 for a plain GAN")
     add("--g-loss", choices=("saddle", "nonsaturating"), default="nonsaturating", help="f_K, or -E log D(G(z))")
     add("--fresh", action=switch, default=False, help="take a new real batch in every unrolled step")
@@ -672,6 +675,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     elif args.init_from:
         saved = load(args.init_from)["settings"]
         parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
+    # The saved settings are the defaults now, so parse again: flags on the command line win
     args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS | dict(out=args.out)))
 
     for name, value in vars(args).items():
@@ -681,14 +685,14 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not 0 <= number < 2**32:
                 parser.error(f"{flag}: {number} is negative or too large")
-        if name in COUNTS and value == 0:
+        if name in POSITIVE and value == 0:
             parser.error(f"{flag}: must be positive")
         if name in NETWORK_FLAGS and name in saved and value != saved[name]:
             parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
     if args.batch_size % WORLD:
         parser.error(f"argument --batch-size: {args.batch_size} is not a multiple of the {WORLD} ranks")
     if len(args.lr) > 2:
-        parser.error(f"argument --lr: {len(args.lr)} rates; give one, or G's and D's")
+        parser.error("argument --lr: takes one rate, or two: for G and for D")
     if data_kind(args.data) == "images" and args.data not in common.NAMES and not os.path.exists(args.data):
         parser.error(f"argument --data: no such data: {args.data!r}; give ring, grid, a .npy file, {common.ACCEPTED}")
     if saved and data_kind(args.data) != data_kind(saved["data"]):
@@ -704,7 +708,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = read_flags(argv)
         action = sample if args.sample else train
-        say(f"the results are in {action(args)}")
+        folder = action(args)
+        say(f"the results are in {folder}")
         if WORLD > 1:
             dist.barrier()  # with gloo, a rank that leaves early can crash the others
             dist.destroy_process_group()
@@ -712,11 +717,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.out and Path(args.out, "checkpoint.pt").exists():
             command = ["python", os.path.relpath(__file__), "--resume", "--out", str(args.out)]
             sys.exit(f"stopped; to continue training: {shlex.join(command)}")
-        sys.exit("stopped before the first checkpoint, so nothing has been saved")
+        sys.exit("stopped before the first checkpoint, so nothing has been saved" if RANK == 0 else 1)
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as when memory runs out
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory has not run out
             raise
-        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split()) or 'out of memory'}")
 
 
 if __name__ == "__main__":

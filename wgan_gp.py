@@ -11,7 +11,7 @@ near 1, so that the gap between mean scores estimates the Wasserstein distance. 
     python wgan_gp.py                                              # drawn fish, 32x32
     python wgan_gp.py --data photos --image-size 64                # a folder of your own pictures
     python wgan_gp.py --resume                                     # continue the newest run
-    python wgan_gp.py --init-from runs/wgan_gp-001 --image-size 64 # grow a run to twice the size
+    python wgan_gp.py --init-from runs/wgan_gp-001 --image-size 64 # grow a run on fish to 64x64
     python wgan_gp.py --sample 1000; python wgan_gp.py --interpolate 4  # use the generator of the newest run
     python wgan_gp.py --data photos --augment --dropout 0.5 --n-critic 4 --width 64 --batch-size 64 \
         --lr 1e-4:100,5e-5:300,2e-5~6e-5:400,2.5e-5:300,2e-5:1400 --steps 100000  # the recipe of a known fish generator
@@ -45,7 +45,7 @@ import common
 
 SCRIPT = "wgan_gp"  # the name in its checkpoints, whatever this file is called
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes (ranks) that torchrun has started
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the number of this one
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # this process
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -74,30 +74,29 @@ def leaky_relu(x: Tensor) -> Tensor:
     return x * x.detach().sign().clamp(0.2, 1)
 
 
-def dropout(x: Tensor, share: float) -> Tensor:
-    """Set this share of x to 0 at random, and scale up the rest. Twice as fast as F.dropout on a CPU."""
-    return x * (torch.rand_like(x) >= share) / (1 - share) if share > 0 else x
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Set values of x to 0 with probability p, and scale up the rest. Twice as fast as F.dropout on a CPU."""
+    return x * (torch.rand_like(x) >= p) / (1 - p) if p > 0 else x
 
 
 class UpConv(nn.Conv2d):
-    """Nearest-neighbour 2x up-sampling, 3x3 convolution and leaky ReLU.
+    """Nearest-neighbour 2x up-sampling and 3x3 convolution.
 
     They are one transposed convolution, which takes 2.25 times fewer multiplications than up-sampling first.
     """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, padding=1)
-        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # row i of 3 adds to these of 4 rows
+        rows = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # where row i of 3 falls among 4
         self.register_buffer("taps", torch.einsum("hy,wx->hwyx", rows, rows), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = torch.einsum("oihw,hwyx->ioyx", self.weight, self.taps)  # adds weights that meet the same pixel
-        y = F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
-        return F.leaky_relu(y, 0.2)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
-def features(width: int, size: int) -> int:
-    """Channels at a resolution: width at 32x32 and above, and twice as many at each smaller one."""
+def maps(width: int, size: int) -> int:
+    """Number of feature maps at a resolution: width at 32x32 and above, and twice as many at each smaller one."""
     return width * max(1, 32 // size)
 
 
@@ -112,16 +111,16 @@ class Generator(nn.Module):
         super().__init__()
         self.norm = pixel_norm if normalised else nn.Identity()
         sizes = [2**level for level in range(3, size.bit_length())]  # 8 to size
-        self.first = nn.Linear(latent, features(width, 4) * 4 * 4)
-        self.up = nn.ModuleDict({str(s): UpConv(features(width, s // 2), features(width, s)) for s in sizes})
-        self.rgb = nn.ModuleDict({str(s): nn.Conv2d(features(width, s), channels, 3, padding=1)
+        self.first = nn.Linear(latent, maps(width, 4) * 4 * 4)
+        self.up = nn.ModuleDict({str(s): UpConv(maps(width, s // 2), maps(width, s)) for s in sizes})
+        self.rgb = nn.ModuleDict({str(s): nn.Conv2d(maps(width, s), channels, 3, padding=1)
                                   for s in sizes if s >= min(size, 32)})
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.first(z).unflatten(1, (-1, 4, 4)).contiguous(memory_format=torch.channels_last)
         x, images = self.norm(F.leaky_relu(x, 0.2)), None
         for size, up in self.up.items():
-            x = self.norm(up(x))
+            x = self.norm(F.leaky_relu(up(x), 0.2))
             if size in self.rgb:
                 more = self.rgb[size](x)
                 images = more if images is None else F.interpolate(images, scale_factor=2) + more
@@ -140,46 +139,41 @@ class Critic(nn.Module):
         super().__init__()
         self.dropout, self.stddev = dropout, stddev
         sizes = [2**level for level in range(size.bit_length() - 1, 2, -1)]  # size to 8
-        inputs = {s: features(width, s) for s in sizes}
+        inputs = {s: maps(width, s) for s in sizes}
         if stddev:
             inputs[8] += 1
-        self.enter = nn.ModuleDict({str(s): nn.Conv2d(channels, features(width, s // 2), 4, 2, 1)
+        self.enter = nn.ModuleDict({str(s): nn.Conv2d(channels, maps(width, s // 2), 4, 2, 1)
                                     for s in sizes if s >= min(size, 32)})
-        self.down = nn.ModuleDict({str(s): nn.Conv2d(inputs[s], features(width, s // 2), 4, 2, 1) for s in sizes[1:]})
-        self.last = nn.Linear(features(width, 4) * 4 * 4, 1)
+        self.down = nn.ModuleDict({str(s): nn.Conv2d(inputs[s], maps(width, s // 2), 4, 2, 1) for s in sizes[1:]})
+        self.last = nn.Linear(maps(width, 4) * 4 * 4, 1)
 
     def forward(self, images: Tensor, groups: int = 1) -> Tensor:
-        share = self.dropout if self.training else 0.0
+        p = self.dropout if self.training else 0.0
         x = self.enter[str(images.shape[-1])](images)
         for size, down in self.down.items():
-            x = dropout(leaky_relu(x), share)
+            x = dropout(leaky_relu(x), p)
             x = down(minibatch_stddev(x, groups) if self.stddev and size == "8" else x)
             if size in self.enter:
                 images = F.avg_pool2d(images, 2)
                 x = x + self.enter[size](images)
-        x = dropout(leaky_relu(x), share)
+        x = dropout(leaky_relu(x), p)
         return self.last(x.flatten(1)).squeeze(1)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
-def gradient_penalty(critic: Callable, real: Tensor, fake: Tensor, epsilon: Tensor | None = None) -> Tensor:
+def gradient_penalty(critic: Callable, real: Tensor, fake: Tensor) -> Tensor:
     """E[(|grad C(x^)| - 1)^2] with x^ = epsilon x + (1 - epsilon) G(z) (eq. 3): samples [N, ...] to a scalar.
 
-    There is one epsilon for each sample, [N], uniform in [0, 1] by default. The norm is over all values of a sample.
-    Raises ValueError if the shapes differ, or if the scores have no gradient.
+    There is one epsilon for each sample, uniform in [0, 1]. The norm is over all values of a sample. Raises ValueError
+    if the shapes differ.
     """
-    if real.shape != fake.shape or real.ndim < 2:
-        raise ValueError(f"shapes are not the same [N, ...]: {tuple(real.shape)} and {tuple(fake.shape)}")
-    if epsilon is None:
-        epsilon = torch.rand(len(real), dtype=real.dtype, device=real.device)
-    epsilon = epsilon.view(len(real), *[1] * (real.ndim - 1))
+    if real.shape != fake.shape:
+        raise ValueError(f"shapes differ: {tuple(real.shape)} and {tuple(fake.shape)}")
+    epsilon = torch.rand(len(real), *[1] * (real.ndim - 1), dtype=real.dtype, device=real.device)
     between = (epsilon * real + (1 - epsilon) * fake).detach().requires_grad_()
-    scores = critic(between)
-    if not (isinstance(scores, Tensor) and scores.requires_grad):
-        raise ValueError("the critic must return one tensor of scores, and not under torch.no_grad")
-    (gradient,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
+    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
@@ -218,7 +212,7 @@ def update_ema(average: nn.Module, network: nn.Module, weight: Tensor | float) -
 METRICS = ("critic_loss", "generator_loss", "wasserstein", "penalty", "gradient_norm", "lr")
 PANELS = [("critic_loss", "generator_loss"), ("wasserstein",), ("gradient_norm", "penalty"), ("lr",),
           ("swd", "diversity")]
-# The saved weights depend on these flags:
+# A saved network fits these settings only:
 NETWORK_FLAGS = ("image_size", "channels", "width", "latent", "stddev", "pixel_norm")
 
 
@@ -270,8 +264,9 @@ def train(args: argparse.Namespace) -> Path:
     g_parameters, c_parameters = list(generator.parameters()), list(critic.parameters())
     lr = torch.zeros((), device=device)
     ema_weight = torch.ones_like(lr)
-    adam_g, adam_c = (torch.optim.Adam(parameters, lr, tuple(args.betas), fused=True, capturable=device.type == "cuda")
-                      for parameters in (g_parameters, c_parameters))
+    options = dict(betas=tuple(args.betas), fused=True, capturable=device.type == "cuda")
+    adam_g = torch.optim.Adam(g_parameters, lr, **options)
+    adam_c = torch.optim.Adam(c_parameters, lr, **options)
     networks = dict(generator=generator, averaged=averaged, critic=critic)
     state = networks | dict(adam_g=adam_g, adam_c=adam_c)
 
@@ -292,14 +287,14 @@ def train(args: argparse.Namespace) -> Path:
         """One step: --n-critic updates of C and one of G, without waiting for the device. Returns the METRICS."""
         z = torch.randn(args.n_critic * batch_size, args.latent, device=device)
         with torch.no_grad(), autocast:  # G does not change while C learns, so one pass makes all its images
-            fakes = generator(z).to(z).chunk(args.n_critic)
+            fakes = generator(z).to(z.dtype).chunk(args.n_critic)
         for turn, fake in enumerate(fakes):
             real = batches(turn)
             if args.augment:
                 real = common.augment(real)
             with autocast:
                 scores = critic(torch.cat([real, fake]), groups=2)
-            real_scores, fake_scores = scores.to(z).chunk(2)
+            real_scores, fake_scores = scores.to(z.dtype).chunk(2)
             penalty = gradient_penalty(critic, real, fake)  # outside autocast: bf16 is no faster here
             L_C = critic_loss(real_scores, fake_scores, penalty, args.gp_weight, args.drift)
             adam_c.zero_grad()
@@ -310,7 +305,7 @@ def train(args: argparse.Namespace) -> Path:
         z = torch.randn(batch_size, args.latent, device=device)
         with autocast:
             fake = generator(z)
-            L_G = generator_loss(critic(fake).to(z))
+            L_G = generator_loss(critic(fake).to(z.dtype))
         fake.retain_grad()
         adam_g.zero_grad()
         L_G.backward(inputs=g_parameters)
@@ -320,7 +315,7 @@ def train(args: argparse.Namespace) -> Path:
 
         wasserstein = real_scores.mean() - fake_scores.mean()
         # The mean of |grad C(G(z))|, because L_G is a mean. It is near 1 if the penalty works at G(z) too.
-        gradient_norm = fake.grad.to(z).flatten(1).norm(dim=1).sum()
+        gradient_norm = fake.grad.to(z.dtype).flatten(1).norm(dim=1).sum()
         return torch.stack([L_C, L_G, wasserstein, penalty, gradient_norm, lr]).detach()
 
     @torch.no_grad()
@@ -341,32 +336,34 @@ def train(args: argparse.Namespace) -> Path:
     pieces = parse_schedule(args.lr)
     step_once = cuda_graph(update) if args.graph and device.type == "cuda" else update
     total = torch.zeros(len(METRICS), device=device)
-    last_row, started = done, time.perf_counter()
-    for step in range(done, args.steps):
+    first = last_row = done
+    started = time.perf_counter()
+    for step in range(first, args.steps):
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)  # so a resumed run draws the same numbers
         low, high = lr_range(step, pieces, args.lr_steps)
         lr.fill_(random.Random(args.seed * 1_000_003 + step).uniform(low, high))  # the same rate on every rank
-        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # a short average at first, to forget the start
+        ema_weight.fill_(max(1 - args.ema, 9 / (step + 9)))  # at first a copy of G, then an ever longer average
         batches.refill()
         total += step_once()
-        say(f"{step + 1}/{args.steps}", end="\r")
-        if (step + 1) % args.every != 0 and step + 1 != args.steps:
+        done = step + 1
+        say(f"{done}/{args.steps}", end="\r")
+        if done % args.every != 0 and done != args.steps:
             continue
 
         all_reduce_mean([total])
-        metrics = dict(zip(METRICS, (total / (step + 1 - last_row)).tolist()))
-        check_finite(step + 1, metrics, networks)
+        metrics = dict(zip(METRICS, (total / (done - last_row)).tolist()))
+        check_finite(done, metrics, networks)
         total.zero_()
-        last_row = step + 1
+        last_row = done
         if RANK > 0:
             continue
-        rows.append(dict(step=step + 1, **metrics, **common.compare(averaged(fixed_z), reference)))
-        save(args, step + 1, state, rows)
-        show(step + 1)
-        pace = (step + 1 - done) / max(time.perf_counter() - started, 1e-9)
-        left = datetime.timedelta(seconds=round((args.steps - step - 1) / pace))
+        rows.append(dict(step=done, **metrics, **common.compare(averaged(fixed_z), reference)))
+        save(args, done, state, rows)
+        show(done)
+        pace = (done - first) / max(time.perf_counter() - started, 1e-9)
+        left = datetime.timedelta(seconds=round((args.steps - done) / pace))
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        say(f"{step + 1}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
+        say(f"{done}/{args.steps}  {pace:.1f} steps/s  {left} left  {values}")
     return folder
 
 
@@ -376,13 +373,11 @@ def grow(run: str | Path, networks: dict[str, nn.Module]) -> None:
     The layers that join the new size to the old ones are set to 0. So at first G(z) is the old G(z) with every pixel
     doubled, and C(x) is the old C of x at half its size (but for dropout).
     """
-    settings = load(run)["settings"]
-    small = {name: build(type(network), settings) for name, network in networks.items()}
-    load(run, small)
-    size = 2 * settings["image_size"]
+    checkpoint = load(run)
+    size = checkpoint["settings"]["image_size"]
     for name, network in networks.items():
-        network.load_state_dict(small[name].state_dict(), strict=False)
-        joints = network.rgb[str(size)] if isinstance(network, Generator) else network.down[str(size // 2)]
+        network.load_state_dict(checkpoint["state"][name], strict=False)  # the layers of the new size are missing
+        joints = network.rgb[str(2 * size)] if isinstance(network, Generator) else network.down[str(size)]
         nn.init.zeros_(joints.weight)
         nn.init.zeros_(joints.bias)
 
@@ -477,8 +472,8 @@ def check_finite(step: int, metrics: dict[str, float], networks: dict[str, nn.Mo
     bad += [name for name, network in networks.items()
             if not all(tensor.isfinite().all() for tensor in network.state_dict().values())]
     if bad:
-        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start a new run with a lower --lr, "
-                                 "by --init-from from the last checkpoint if there is one")
+        raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; start over with a lower --lr, "
+                                 "or from the last checkpoint with --init-from")
 
 
 def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> None:
@@ -494,7 +489,7 @@ def save(args: argparse.Namespace, step: int, state: dict, rows: list[dict]) -> 
 def load(path: str | Path, state: dict | None = None) -> dict:
     """Read a checkpoint, a file or a run's folder, and restore the networks, optimizers and tensors in ``state``.
 
-    No code in the file can run. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    The file cannot run code. Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -521,7 +516,7 @@ def load(path: str | Path, state: dict | None = None) -> dict:
             else:
                 item.load_state_dict(checkpoint["state"][name])
     except Exception as error:  # a damaged file can make torch raise almost anything
-        reason = " ".join(str(error).partition(". ")[0].split())
+        reason = " ".join(str(error).partition(". ")[0].split())  # torch's second sentence advises an unsafe load
         raise ValueError(f"{str(path)!r} is not a checkpoint of this {SCRIPT}.py: {reason}") from error
     return checkpoint
 
@@ -597,7 +592,7 @@ def interpolate(args: argparse.Namespace) -> Path:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 # These flags must be positive:
-COUNTS = ("batch_size", "steps", "every", "n_critic", "width", "latent", "sample", "interpolate")
+POSITIVE = ("batch_size", "steps", "every", "n_critic", "width", "latent", "sample", "interpolate")
 # These flags are not settings of a run:
 NOT_SETTINGS = dict(out=None, init_from=None, resume=False, sample=None, interpolate=None)
 
@@ -638,7 +633,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--graph", action=switch, default=True, help="on a GPU, replay the step as a CUDA graph")
     add("--seed", type=int, default=0, help="seed of weights, batches and noise")
     add("--every", type=int, default=100, help="steps between rows of metrics.csv, pictures and checkpoints")
-    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint")
+    add("--keep", action=switch, default=False, help="keep a numbered copy of every checkpoint, for --init-from")
     add("--n-critic", type=int, default=2, help="updates of C in a step; 5 in the paper")
     add("--gp-weight", type=float, default=10.0, help="lambda, the weight of the gradient penalty")
     add("--drift", type=float, default=0.001, help="weight of the squared scores of real images; 0 in the paper")
@@ -675,6 +670,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     elif args.init_from:
         saved = load(args.init_from)["settings"]
         parser.set_defaults(**{name: saved[name] for name in NETWORK_FLAGS})
+    # The saved settings are the defaults now, so parse again: flags on the command line win
     args = parser.parse_args(argv, argparse.Namespace(**NOT_SETTINGS | dict(out=args.out)))
     if args.init_from and args.image_size == 2 * saved["image_size"] >= 64:
         saved["image_size"] = args.image_size  # the networks grow
@@ -686,7 +682,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not 0 <= number < 2**32:
                 parser.error(f"{flag}: {number} is negative or too large")
-        if name in COUNTS and value == 0:
+        if name in POSITIVE and value == 0:
             parser.error(f"{flag}: must be positive")
         if name in NETWORK_FLAGS and name in saved and value != saved[name]:
             parser.error(f"{flag}: the saved networks have {saved[name]}, not {value}")
@@ -701,7 +697,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = read_flags(argv)
         action = sample if args.sample else interpolate if args.interpolate else train
-        say(f"the results are in {action(args)}")
+        folder = action(args)
+        say(f"the results are in {folder}")
         if WORLD > 1:
             dist.barrier()  # with gloo, a rank that leaves early can crash the others
             dist.destroy_process_group()
@@ -709,11 +706,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.out and Path(args.out, "checkpoint.pt").exists():
             command = ["python", os.path.relpath(__file__), "--resume", "--out", str(args.out)]
             sys.exit(f"stopped; to continue training: {shlex.join(command)}")
-        sys.exit("stopped before the first checkpoint, so nothing has been saved")
+        sys.exit("stopped before the first checkpoint, so nothing has been saved" if RANK == 0 else 1)
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as when memory runs out
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory has not run out
             raise
-        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(error).split()) or 'out of memory'}")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ channels last, data on the device, a fused Adam and no .item(), and unrolling ov
 Both up-sample and then convolve, pass images through D three times, and take separate backward passes.
 
 Ratios are medians over the rounds, with their range. On one CPU thread the time is the process's own, so that other
-programs disturb less. The share is of the rate that a large matrix product in fp32 reaches on the same machine.
+programs disturb less.
 """
 
 import argparse
 import contextlib
 import copy
-import functools
 import importlib.util
 import itertools
 import statistics
@@ -35,7 +34,6 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import began  # noqa: E402
 import common  # noqa: E402
@@ -44,11 +42,10 @@ import unrolled_gan  # noqa: E402
 import wgan_gp  # noqa: E402
 
 ROUNDS = 15
-ACTIVATIONS = {began: F.elu, ebgan: lambda y: y, wgan_gp: lambda y: F.leaky_relu(y, 0.2)}  # after an up-sampling
 
 
 def up_and_convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    return layer.activation(F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1))
+    return F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1)
 
 
 class Plain:
@@ -68,7 +65,6 @@ class Plain:
         for network in self.generator, self.discriminator:
             for layer in network.modules():
                 if "UpConv" in type(layer).__name__:
-                    layer.activation = ACTIVATIONS[module]
                     layer.__class__ = type("PlainUpConv", (type(layer),), dict(forward=up_and_convolve))
             network.to(args.device, memory_format=torch.channels_last if good else torch.contiguous_format)
         self.adam_g, self.adam_d = (torch.optim.Adam(network.parameters(), 2e-4, (0.5, 0.99), fused=good or None)
@@ -101,7 +97,7 @@ class Plain:
 
 
 def descend(adam: torch.optim.Adam, loss: Tensor) -> None:
-    """Gradients of L_G are left in D as well."""
+    """L_G leaves gradients in D too, which zero_grad removes before D's own step."""
     adam.zero_grad()
     loss.backward()
     adam.step()
@@ -227,30 +223,22 @@ class Stop(Exception):
 
 def our_step(module: ModuleType, flags: list[str]) -> tuple[Callable, dict]:
     """One turn of the loop in ``train`` (random numbers, batches and ``update``), and the variables of ``train``."""
-    found, seed, old = {}, torch.manual_seed, hasattr(module, "repeat")  # which ran the step until commit a704000
+    found, seed = {}, torch.manual_seed
 
-    def leave(*inputs: object) -> None:
-        """In the place of torch.manual_seed: stop before the second step. In the place of ``repeat``: at once."""
+    def leave(number: int) -> None:
+        """In the place of torch.manual_seed: stop before the second step."""
         caller = sys._getframe(1).f_locals
-        if old or caller.get("step") == 1:
+        if caller.get("step") == 1:
             found.update(caller)
             raise Stop
-        seed(*inputs)
+        seed(number)
 
-    if old:
-        args = module.parser().settings(flags)
-    else:
-        args = module.make_parser().parse_args(flags, argparse.Namespace(**module.NOT_SETTINGS))
+    args = module.make_parser().parse_args(flags, argparse.Namespace(**module.NOT_SETTINGS))
     with tempfile.TemporaryDirectory() as args.out, contextlib.suppress(Stop), contextlib.redirect_stdout(None), \
-            mock.patch.object(*(module, "repeat") if old else (torch, "manual_seed"), leave):
+            mock.patch.object(torch, "manual_seed", leave):
         module.train(args)
-    update, batches = found["update"], found.get("batches") or found.get("data")
-    step_once, graph = update, args.graph and args.device == "cuda"
-    if old:
-        step_once = functools.partial(next, module.repeat(update, graph))
-    elif graph:
-        step_once = module.cuda_graph(update)
-
+    update, batches = found["update"], found.get("batches")
+    step_once = module.cuda_graph(update) if args.graph and args.device == "cuda" else update
     steps = itertools.count()
 
     def turn() -> None:
@@ -278,7 +266,7 @@ def load_from(folder: str, name: str) -> ModuleType:
 
 
 def time_of(step: Callable, device: str, seconds: float = 0.0) -> float:
-    """Seconds that a step takes, repeated for so many seconds."""
+    """The mean seconds of a step, over as many steps as fit into ``seconds``."""
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     started, count = clock(), 0
     while count == 0 or clock() - started < seconds:
@@ -309,18 +297,9 @@ def bench(name: str, device: str, seconds: float, against: str | None, extra: li
 
     for step in [*steps.values()] * 5:  # to warm up
         step()
-    size = 8192 if device == "cuda" else 2048
-    a, b = torch.randn(2, size, size, device=device)
     rounds = [{kind: time_of(step, device, seconds / ROUNDS / len(steps)) for kind, step in steps.items()}
-              | dict(product=time_of(lambda: a @ b, device)) for _ in range(ROUNDS)]
-    rate = 2 * size**3 / min(times["product"] for times in rounds) / 1e9
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = mock.MagicMock(parents={"Global"})  # the hooks of the real one fail under autograd.grad
-    with counter:
-        found["update"]()
-    operations, middle = counter.get_total_flops() / 1e9, statistics.median(times["ours"] for times in rounds)
-    print(f"{name} ({' '.join(flags)}): {args.batch_size / middle:.0f} images/s, {operations:.2f} GFLOP a step, "
-          f"{operations / middle / rate:.0%} of the {rate:.0f} GFLOP/s of a matrix product{found.get('peak', '')}")
+              for _ in range(ROUNDS)]
+    print(f"{name} ({' '.join(flags)}){found.get('peak', '')}")
     for kind in steps:
         ratios = [times[kind] / times["ours"] for times in rounds]
         milliseconds = 1000 * statistics.median(times[kind] for times in rounds)
@@ -335,7 +314,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="time spent on a script")
     parser.add_argument("--against", metavar="FOLDER", help="another checkout of this repository")
     options, extra = parser.parse_known_args()
-    # In fp32 expm1, and so ELU, takes 14 times as long on some CPUs until a tanh in bf16 has run
+    if unknown := set(options.names) - BENCHES.keys():
+        parser.error(f"there is no {', '.join(unknown)}; name scripts before their flags")
+    # In fp32 expm1, and so ELU, takes 13 times as long on some CPUs until a tanh in bf16 has run
     torch.zeros(100_000, dtype=torch.bfloat16).tanh()
     for name in options.names or BENCHES:
         bench(name, options.device, options.seconds, options.against, extra)

@@ -1,23 +1,24 @@
 """What the tests share: a small folder of pictures, the scripts with tiny settings, and ways to run them."""
 
+import contextlib
 import csv
-import functools
-import importlib
+import io
+import multiprocessing
 import os
 import random
-import signal
 import sys
+from collections.abc import Callable
+from importlib import import_module as module
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import load  # with weights_only=True, as is the default
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # on tiny tensors, more threads only wait for each other
-for number, handler in (signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler):
-    signal.signal(number, handler)  # nohup, or an & in a shell, would have the tests' processes ignore them
 
 RUN = "--steps 6 --every 2 --device cpu --batch-size 4".split()
 IMAGE = [*RUN, *"--image-size 16 --precision fp32".split()]
@@ -28,7 +29,6 @@ TINY = {
     "wgan_gp": [*IMAGE, *"--width 2 --latent 8 --n-critic 2 --lr 5e-4~2e-3".split()],
 }
 SCRIPTS = sorted(TINY)
-module, load = importlib.import_module, functools.partial(torch.load, weights_only=True)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -61,11 +61,38 @@ def flags(script, data_flags) -> list[str]:
     return TINY[script] + data_flags[script]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def refusal(script: str, *arguments: object) -> tuple[int, str]:
+    """The exit status and the last line of the error with which a script refuses these arguments."""
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as text:
+        module(script).main([str(argument) for argument in arguments])
+    if isinstance(stop.value.code, int):
+        return stop.value.code, text.getvalue().strip().rpartition("\n")[2]
+    assert "\n" not in stop.value.code and len(stop.value.code) < 600
+    return 1, stop.value.code
+
+
+def forked(*tasks: Callable) -> list[int]:
+    """Run functions in processes of their own. The exit status of each."""
+    processes = [multiprocessing.get_context("fork").Process(target=task) for task in tasks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ kl            KL divergence of the samples' class frequencies from the real ones
 modes         of stacked digits: how many of the 1,000 numbers are found. Here kl is the divergence from even shares
 
 Features are the classifier's, whitened (but not with --raw), so that small details count as much as the label does. The
-classifier is trained on images that no run sees, or on nine tenths of MNIST. A point lies among others if it is closer
+classifier is trained on images that no run sees, or on 4,500 of MNIST's. A point lies among others if it is closer
 to one of them than that one's third nearest neighbour (Kynkäänniemi et al., 2019, arXiv:1904.06991).
 """
 
@@ -32,16 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
 VERSION = 1  # increase it when a drawing, or anything else in a judge, changes
-
-
-def load_labels(source: str, root: str = "data") -> Tensor:
-    """The classes of digits, faces, fish, mnist, fashion, cifar10, or stacked digits (0 to 999): int64 [N]."""
-    if source in common.DRAWN:
-        return drawings(source, common.DRAWN_SEED, common.DRAWN_COUNT, 8)[1]
-    if source in common.STACKED:
-        digits = load_labels(common.STACKED[source], root)
-        return digits[common._stacked(len(digits))] @ torch.tensor([100, 10, 1])
-    return torch.as_tensor(common._torchvision(source, root).targets)
 
 
 class Classifier(nn.Module):
@@ -90,7 +80,7 @@ def among(points: Tensor, others: Tensor, neighbours: int = 3) -> float:
 
 
 def to_tensor(pictures: list[Image.Image], channels: int) -> Tensor:
-    pixels = np.stack([np.asarray(picture).reshape(*picture.size, channels) for picture in pictures])
+    pixels = np.stack([np.asarray(picture).reshape(picture.height, picture.width, channels) for picture in pictures])
     return common.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
@@ -127,7 +117,8 @@ class Judge:
             (seen, labels), (images, classes) = drawings(data, 1, count, size), drawings(data, 2, count, size)
             real, held_out, held_classes = images[count // 3:], images[:count // 3], classes[:count // 3]
         else:
-            images, classes = common.load_images(data, size, root=root), load_labels(data, root)
+            images = common.load_images(data, size, root=root)
+            classes = torch.as_tensor(common._torchvision(data, root).targets)
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))[:5000]
             images, classes = common.normalise(images[order]), classes[order]
             seen, labels, held_out, held_classes = images[500:], classes[500:], images[:500], classes[:500]

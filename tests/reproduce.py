@@ -1,4 +1,4 @@
-"""Measures the tables of the results pages, cell by cell. A second call goes on where the first one stopped.
+"""Measures the tables of the results pages, cell by cell. A second call continues where the first one stopped.
 
     python tests/reproduce.py variety                  # BEGAN's pull-away term and gamma: 14 runs of 6,000 steps
     python tests/reproduce.py variants                 # BEGAN at 16x16, a flag at a time: 18 runs of 2,500 steps
@@ -118,7 +118,7 @@ def run_cells(name: str, cells: list[dict], measure: Callable[[dict], dict], job
 
 
 def table(lines: list[dict], keys: list[str], places: dict[str, int]) -> str:
-    """A row for each kind of cell, which ``keys`` tell apart: means over the seeds, with so many decimal places."""
+    """A Markdown table with a row for each combination of ``keys``: means over the seeds, rounded to ``places``."""
     rows = [[*keys, *places], ["---"] * (len(keys) + len(places))]
     for kind in dict.fromkeys(tuple(line[key] for key in keys) for line in lines):
         group = [line for line in lines if tuple(line[key] for key in keys) == kind]
@@ -187,7 +187,7 @@ def ebgan_margins(jobs: int) -> str:
     """The margins of the MNIST experiment behind the script, with and without the pull-away term. Other deviations."""
     variants = [f"--margin {margin} --pt-weight {weight}" for margin in (2, 8, 16) for weight in (0, 0.1)]
     variants += [f"{variants[3]} {more}" for more in ("--ema 0", "--layers paper", "--lr 2e-4", "--betas 0.9 0.999")]
-    shown = {"m = 2": variants[1], "m = 8": variants[3], "m = 16": variants[5], "paper's layers": variants[7]}
+    pictured = {"m = 2": variants[1], "m = 8": variants[3], "m = 16": variants[5], "paper's layers": variants[7]}
     cells = [dict(flags=flags, seed=seed) for seed in (0, 1, 2) for flags in variants]
     mnist = judge.Judge("mnist", MNIST)
 
@@ -195,7 +195,7 @@ def ebgan_margins(jobs: int) -> str:
         flags = f"--data mnist --data-root {MNIST} --steps 1000 --batch-size 32 {cell['flags']}"
         with train("ebgan", flags, cell["seed"]) as run:
             pictures = judge.sampled(run.folder)
-            if cell["seed"] == 0 and cell["flags"] in shown.values():
+            if cell["seed"] == 0 and cell["flags"] in pictured.values():
                 write_part(pictures, f"ebgan {cell['flags']}")
             watched = {name: run.last_fifth(name) for name in ("energy_real", "energy_fake", "loss_d", "diversity")}
             return watched | mnist.score(pictures)
@@ -203,7 +203,7 @@ def ebgan_margins(jobs: int) -> str:
     places = dict(energy_real=1, energy_fake=1, loss_d=1, diversity=2) | SCORES
     lines = run_cells("ebgan", cells, measure, jobs)
     write_part(common.load_images("mnist", 32, root=MNIST), "mnist")
-    join_parts({label: f"ebgan {flags}" for label, flags in shown.items()} | {"data": "mnist"}, "ebgan-margins.png")
+    join_parts({label: f"ebgan {flags}" for label, flags in pictured.items()} | {"data": "mnist"}, "ebgan-margins.png")
     return table(lines, ["flags"], places)
 
 

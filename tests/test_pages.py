@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(".github/results/*.md")))]
-OTHER_FLAGS = {"--no-deps", "--nproc_per_node", "--raw", "--against"}  # flags of torchrun, tests/judge.py and tests/bench.py
+OTHER_FLAGS = {"--no-deps", "--nproc_per_node", "--raw", "--against"}  # of pip, torchrun, judge.py, bench.py
 BLOCK = re.compile(r"^```.*?\n(.*?)^```", re.M | re.S)
 
 
@@ -27,7 +27,7 @@ def commands(page: str) -> list[tuple[str, list[str]]]:
     """Script and arguments of each command in code blocks or between backticks."""
     lines = "".join(BLOCK.findall(text(page))).replace("\\\n", " ").splitlines()
     lines += [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text(page)))]
-    found = [re.match(r"\s*(?:python |torchrun --\w+ \d+ )?([\w/]+)\.py( --?\w.*| \w+.*|\s*#.*)?$", part)
+    found = [re.match(r"\s*(?:\w+=\S+ )?(?:python |torchrun --\w+ \d+ )?([\w/]+)\.py( --?\w.*| \w+.*|\s*#.*)?$", part)
              for line in lines for part in line.split("&&")]
     return [(match[1], shlex.split(match[2] or "", comments=True)) for match in found if match]
 
@@ -44,8 +44,8 @@ def test_links_exist(page):
         path = (ROOT / page).parent / name
         assert path.is_file(), target
         if path.suffix == ".py" and re.fullmatch(r"`\w+`", label):  # the name of a function or class
-            shown = path.read_text().splitlines()[int(line) - 1]
-            assert re.match(rf"\s*(def|class) {label.strip('`')}\b", shown), f"{label} is not at {target}"
+            there = path.read_text().splitlines()[int(line) - 1]
+            assert re.match(rf"\s*(def|class) {label.strip('`')}\b", there), f"{label} is not at {target}"
     for name in re.findall(r"`((?:tests/)?\w+\.py)\b", text(page)):
         assert (ROOT / name).is_file(), name
 

@@ -1,7 +1,6 @@
 """What `common.py` writes (files, grids, GIFs, charts, tables) and its two measures."""
 
 import math
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import common
 import numpy as np
 import pytest
 import torch
+from conftest import forked
 from PIL import Image
 
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
@@ -42,8 +42,8 @@ def test_numbered_folders_and_warnings(tmp_path, monkeypatch, capsys):
     assert common.newest_folder("runs/a-*", "x.pt") == Path("runs/a-002")
     common.attempt(common.save_table, [{"step": 1}], tmp_path / "t.csv")
     common.attempt(common.save_table, [{"step": 1}], tmp_path / "t.csv/t.csv")
-    told = capsys.readouterr().err
-    assert told.startswith("warning: cannot write") and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("warning: cannot write") and output.count("\n") == 1
 
 
 NOISE = torch.randint(256, (1, 3, 300, 300), dtype=torch.uint8)
@@ -68,10 +68,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, name, write):
         assert str(error.value) == f"cannot write {str(tmp_path / name)!r}: OSError: File too large"
 
     (tmp_path / name).write_text("old")
-    process = multiprocessing.get_context("fork").Process(target=act)
-    process.start()
-    process.join()
-    assert process.exitcode == 0 and [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    assert forked(act) == [0] and [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_file_that_is_open_in_windows_is_tried_again(tmp_path, monkeypatch):
@@ -230,9 +227,9 @@ def test_diversity_against_a_double_loop():
     assert common.diversity_ratio(x[:1].repeat(6, 1, 1, 1), y) == 0  # collapse
     for sample, data in [(y, x[:1].repeat(6, 1, 1, 1)), (y, y[:1]), (y[:1], y)]:
         assert math.isnan(common.diversity_ratio(sample, data))  # nothing to compare
-    shown = (9 * x).clamp(-1, 1)
-    assert common.compare(9 * x, y) == dict(swd=common.sliced_wasserstein(shown, y),
-                                            diversity=common.diversity_ratio(shown, y))
+    clamped = (9 * x).clamp(-1, 1)
+    assert common.compare(9 * x, y) == dict(swd=common.sliced_wasserstein(clamped, y),
+                                            diversity=common.diversity_ratio(clamped, y))
 
 
 @pytest.mark.parametrize("measure", [common.sliced_wasserstein, common.diversity_ratio])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wgan_gp
-from conftest import TINY, load, rows
+from conftest import TINY, load, refusal, rows
 
 KINDS = dict(generator=wgan_gp.Generator, averaged=wgan_gp.Generator, critic=wgan_gp.Critic)
 squares = lambda x: x.flatten(1).square().sum(dim=1)  # a critic with the gradient 2 x
@@ -17,12 +17,16 @@ squares = lambda x: x.flatten(1).square().sum(dim=1)  # a critic with the gradie
 
 @pytest.mark.parametrize("shape", [(7, 2), (7, 5, 3), (7, 3, 4, 5)])
 def test_penalty_against_loops(shape, double):
-    real, fake, epsilon = torch.randn(shape), torch.randn(shape), torch.rand(7)
+    real, fake = torch.randn(2, *shape)
+    torch.manual_seed(1)
+    penalty = wgan_gp.gradient_penalty(squares, real, fake).item()
+    torch.manual_seed(1)
+    epsilon = torch.rand(7)
     total = 0.0
     for x, y, e in zip(real.flatten(1).tolist(), fake.flatten(1).tolist(), epsilon.tolist()):
         between = [e * a + (1 - e) * b for a, b in zip(x, y)]
         total += (math.sqrt(sum((2 * v) ** 2 for v in between)) - 1) ** 2
-    assert wgan_gp.gradient_penalty(squares, real, fake, epsilon).item() == pytest.approx(total / 7, rel=1e-12)
+    assert penalty == pytest.approx(total / 7, rel=1e-12)
 
 
 @pytest.mark.parametrize("stddev", (False, True))
@@ -33,7 +37,8 @@ def test_gradient_of_the_penalty_against_finite_differences(stddev, double):
 
     def penalty(*parameters):
         call = lambda images: torch.func.functional_call(critic, dict(zip(names, parameters)), (images,))
-        return wgan_gp.gradient_penalty(call, real, fake, torch.tensor([0.2, 0.5, 0.9]))
+        torch.manual_seed(1)  # for the same epsilon
+        return wgan_gp.gradient_penalty(call, real, fake)
 
     assert torch.autograd.gradcheck(penalty, values, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=True)
 
@@ -42,12 +47,10 @@ def test_penalty_takes_mixed_precision_and_refuses_what_it_cannot_use():
     real, fake = torch.randn(2, 4, 3)
     for one, two in ((real, fake.bfloat16()), (real.bfloat16(), fake)):
         assert wgan_gp.gradient_penalty(squares, one, two).dtype == torch.float32
-    for one, two in ((real, fake[:1]), (real, fake[:, :1]), (real[:, None], fake), (real[:, 0], fake[:, 0])):
-        with pytest.raises(ValueError, match="shapes are not the same"):
+    for one, two in ((real, fake[:1]), (real, fake[:, :1]), (real[:, None], fake)):
+        with pytest.raises(ValueError, match="shapes differ"):
             wgan_gp.gradient_penalty(squares, one, two)
-    with pytest.raises(ValueError, match="one tensor of scores"):
-        wgan_gp.gradient_penalty(lambda x: (squares(x), x), real, fake)
-    with torch.no_grad(), pytest.raises(ValueError, match="not under torch.no_grad"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
         wgan_gp.gradient_penalty(squares, real, fake)
 
 
@@ -66,13 +69,9 @@ def test_leaky_relu_and_its_gradients(dtype):
     torch.testing.assert_close(*results)
 
 
-def test_pixel_norm_and_up_convolution(double):
-    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+def test_pixel_norm(double):
+    x = torch.randn(2, 3, 4, 5)
     assert torch.allclose(wgan_gp.pixel_norm(x), x / (sum(x[:, c] ** 2 for c in range(3)) / 3).sqrt()[:, None])
-    layer = wgan_gp.UpConv(3, 4)
-    want = F.leaky_relu(F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1), 0.2)
-    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
-                                 for y in (layer(x), want)))
 
 
 @pytest.mark.parametrize("size", (16, 64))
@@ -90,7 +89,7 @@ def test_one_pass_of_the_critic_is_two_passes(size, double):
         assert torch.allclose(channel, torch.tensor(sum(deviations) / len(deviations)), rtol=1e-6)
 
 
-def test_schedule(data_flags, tmp_path):
+def test_schedule(data_flags, tmp_path, capsys):
     pieces = wgan_gp.parse_schedule("1e-4:100,2e-5~6e-5:400,2e-5:1500")
     ranges = [wgan_gp.lr_range(step, pieces, 4000) for step in (0, 199, 200, 999, 1000, 9999)]
     assert ranges == [(1e-4, 1e-4)] * 2 + [(2e-5, 6e-5)] * 2 + [(2e-5, 2e-5)] * 2
@@ -101,9 +100,10 @@ def test_schedule(data_flags, tmp_path):
     wgan_gp.main([*flags, "--lr", "1e-3:1,5e-4:1", "--steps", "2"])
     wgan_gp.main(["--resume", "--steps", "5", "--out", str(tmp_path / "run")])  # the last piece goes on
     assert [float(row["lr"]) for row in rows(tmp_path / "run")] == pytest.approx([1e-3] + [5e-4] * 4)
+    assert "warning" not in capsys.readouterr().err  # as of a chart without a column
 
 
-def test_growing(data_flags, tmp_path, capsys):
+def test_growing(data_flags, tmp_path):
     run = [*TINY["wgan_gp"], *data_flags["wgan_gp"], "--steps", "3", "--every", "3", "--image-size"]
     wgan_gp.main([*run, "32", "--no-pixel-norm", "--out", str(tmp_path / "32")])
     for size in (64, 128):
@@ -121,9 +121,8 @@ def test_growing(data_flags, tmp_path, capsys):
         assert all(after[name][part].any() for name in KINDS for part in after[name])  # the zeros have learnt
         assert torch.allclose(after["generator"]["first.weight"], small["generator"].first.weight, rtol=0, atol=0.02)
     for flags in (["--image-size", "128"], ["--image-size", "64", "--width", "3"], ["--pixel-norm"]):
-        with pytest.raises(SystemExit):
-            wgan_gp.main(["--init-from", str(tmp_path / "32"), "--out", str(tmp_path / "no"), "--steps", "1", *flags])
-        assert "the saved networks have" in capsys.readouterr().err
+        text = refusal("wgan_gp", "--init-from", tmp_path / "32", "--out", tmp_path / "no", *flags)[1]
+        assert "the saved networks have" in text
 
 
 def test_slerp():
