@@ -112,6 +112,7 @@ def attempt(write: Callable, *arguments: object) -> None:
 # turns and zooms a shape, a sum shifts it.
 Colour = tuple[int, int, int]
 WHITE, BLACK, GOLD, PINK = (255, 252, 246), (14, 10, 16), (255, 206, 50), (240, 90, 110)
+# A circle, a chord from -1 to 1 and back, parabolas above its first half and below its second, and Catmull-Rom weights
 _CIRCLE = np.exp(2j * np.pi * np.arange(20) / 20)
 _CHORD = np.r_[np.linspace(-1, 1, 11), np.linspace(1, -1, 11)] + 0j
 _ABOVE, _BELOW = 1j * (_CHORD**2 - 1) * (np.arange(22) < 11), 1j * (1 - _CHORD**2) * (np.arange(22) > 10)
@@ -450,9 +451,10 @@ def load_images(source: str, image_size: int, channels: int | None = None, root:
         digits = load_images(STACKED[source], image_size, 1, root, quiet)
         return digits[_stacked(len(digits))].squeeze(2)
     if source in DRAWN:
-        draw, own = DRAWN[source]
+        draw, drawn_channels = DRAWN[source]
         pictures = _PictureSet(source, [f"{DRAWN_SEED}-{index}" for index in range(DRAWN_COUNT)],
-                               lambda seed: draw(random.Random(seed), image_size)[0], channels or own)
+                               lambda seed: draw(random.Random(seed), image_size)[0],
+                               channels or drawn_channels)
     elif source == "celeba":
         names, folder = list(_torchvision(source, root).filename), os.path.join(root, "celeba", "img_align_celeba")
         pictures = _PictureSet(source, names, lambda name: _open_picture(folder, name).crop(CELEBA_BOX), channels or 3)
@@ -544,7 +546,8 @@ MAX_PIXELS = 64_000_000  # decoding takes 4 to 24 bytes a pixel
 # Pillow refuses only above twice this, so that draft() can still shrink a large JPEG
 Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28  # bytes of text and profile in a PNG
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: the Image.Transpose that undoes it
+# EXIF orientation: the Image.Transpose that undoes it. ImageOps.exif_transpose fails on odd entries elsewhere in EXIF
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 CACHE_VERSION = 4  # raise it when a drawing, to_array or the cache changes
 # MAP_NORESERVE (0x4000), because Linux would otherwise refuse to map a file larger than the memory
 COPY_ON_WRITE = {"access": mmap.ACCESS_COPY} if sys.platform != "linux" else {"flags": mmap.MAP_PRIVATE | 0x4000}
@@ -626,7 +629,7 @@ def _load_through_cache(pictures: _PictureSet, size: int, root: str, quiet: bool
         if not quiet:
             _print_to_stderr(f"{repr(os.path.basename(pictures.name))[1:-1]}: {text}", end)
 
-    shape, began, how = (pictures.channels or 3, size, size), time.monotonic(), "from cache"
+    shape, started, how = (pictures.channels or 3, size, size), time.monotonic(), "from cache"
     name = re.sub("[^A-Za-z0-9]+", "-", os.path.basename(pictures.name))[:40]
     keys = pictures.name, [CACHE_VERSION, pictures.items]
     name_hash, content_hash = (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] for key in keys)
@@ -647,7 +650,7 @@ def _load_through_cache(pictures: _PictureSet, size: int, root: str, quiet: bool
                 _replace(unfinished, entry)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        how = f"decoded in {time.monotonic() - began:.0f} s"
+        how = f"decoded in {time.monotonic() - started:.0f} s"
         _remove_old(family, entry)
     notes = json.loads((entry / "notes.json").read_text())
     with open(entry / "pixels.u8", "rb") as file:
