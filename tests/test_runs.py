@@ -223,6 +223,7 @@ def test_ctrl_c_says_how_to_go_on(script, flags, half, whole, tmp_path, monkeypa
     assert_same(half, whole, and_rows=False)
 
 
+@pytest.mark.parametrize("script", ["began"], scope="module")  # the text that this tests is the same in all
 def test_whatever_becomes_of_the_output_the_run_goes_on(script, half, whole, tmp_path, monkeypatch):
     def fail(_: str) -> None:
         raise BrokenPipeError
