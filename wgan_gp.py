@@ -19,8 +19,9 @@ near 1, so that the gap between mean scores estimates the Wasserstein distance. 
         --no-pixel-norm --drift 0 --ema 0 --width 64 --latent 128 --batch-size 64 \
         --steps 200000                                             # the paper's settings, 8 images per GPU
 
-Measured: the default run took 8 minutes on one core of an AMD EPYC. Its fish have 3.2 times the Frechet
-distance of held-out fish, precision 0.61, recall 0.69. Grown to 64x64 in 14 more minutes: 3.1, 0.58, 0.75.
+Measured over three seeds: a default run took 6 to 9 minutes on one core of an AMD EPYC. Its fish have 3.2 times the
+Frechet distance of held-out fish, precision 0.61 and recall 0.69. One run was grown to 64x64 in 14 more minutes: 3.1,
+0.58 and 0.75.
 """
 
 import argparse
