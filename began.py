@@ -23,8 +23,8 @@ vary, and D raises it. When D can no longer reconstruct the samples well, k_t fa
         --residual-steps 16000 --steps 200000                      # the paper's settings, 16 images per GPU
 
 Measured: the mean of L(G(z)) / L(x) late in a run is within 0.03 of gamma (0.3, 0.5, 0.7 and 0.9). A run of 6,000 steps
-takes 10 minutes on one core of an AMD EPYC. Its faces have precision 0.79 and recall 0.13 (three seeds), but 0.01 with
-w = 0.
+takes 10 to 16 minutes on one core of an AMD EPYC. Over three seeds its faces have precision 0.79 and recall 0.13. With
+w = 0, recall is 0.01.
 """
 
 import argparse
