@@ -223,6 +223,16 @@ def test_ctrl_c_says_how_to_go_on(script, flags, half, whole, tmp_path, monkeypa
     assert_same(half, whole, and_rows=False)
 
 
+def test_other_ranks_are_silent_and_memory_can_run_out(script, monkeypatch):
+    message = f"{script}.py: error: out of memory"
+    for error, rank, want in (KeyboardInterrupt, 1, (1, "")), (MemoryError, 0, (1, message)):
+        def fail(_: list[str], error: type = error) -> None:
+            raise error
+        monkeypatch.setattr(module(script), "RANK", rank)
+        monkeypatch.setattr(module(script), "read_flags", fail)
+        assert refusal(script) == want
+
+
 @pytest.mark.parametrize("script", ["began"], scope="module")  # the text that this tests is the same in all
 def test_whatever_becomes_of_the_output_the_run_goes_on(script, half, whole, tmp_path, monkeypatch):
     def fail(_: str) -> None:
